@@ -1,0 +1,108 @@
+"What every notebook must be, read without running it; `nbdev_test` runs them. Together they test it all."
+import ast, importlib, json, re, sys
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parents[1]
+nbs = root/'nbs'
+paths = [p for p in sorted(nbs.rglob('*.ipynb')) if not any(o[0] in '._' for o in p.relative_to(nbs).parts)]
+each_notebook = pytest.mark.parametrize('path', paths, ids=lambda p: p.relative_to(nbs).as_posix())
+checks = re.compile(r'^\s*assert\b|\b(test_\w+|assert_\w+)\(|\braises\(', re.M)
+on_a_machine = re.compile(r'(?<![\w./:~-])/(?:home|Users|root|work|mnt|tmp|private|var/folders)/[\w.-]+')
+widget = 'application/vnd.jupyter.widget-view+json'
+imports = (ast.Import, ast.ImportFrom)
+
+def read(path):
+    "The notebook at `path`, each cell with its text as `src`"
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    for c in nb['cells']: c['src'] = ''.join(c['source'])
+    return nb
+
+def code(nb): return [c['src'] for c in nb['cells'] if c['cell_type'] == 'code']
+def markdown(nb): return [c['src'] for c in nb['cells'] if c['cell_type'] == 'markdown']
+def outputs(nb): return [(c['src'], o) for c in nb['cells'] for o in c.get('outputs', [])]
+def pictures(nb): return [d for _, o in outputs(nb) if (d := o.get('data', {}).get('image/png'))]
+def directive(names, src): return re.search(rf'^#\|\s*({names})\b', src, re.M)
+
+def parse(src):
+    "The statements of a cell; none where it has magics"
+    try: return ast.parse(src).body
+    except SyntaxError: return []
+
+def names(trees):
+    "All names and attributes used in `trees`"
+    nodes = [o for t in trees for o in ast.walk(t)]
+    return {getattr(o, 'id', None) or getattr(o, 'attr', None) for o in nodes} - {None}
+
+def bound(tree):
+    "Names that statement `tree` defines"
+    if hasattr(tree, 'name'): return {tree.name}
+    return {o.id for o in ast.walk(tree) if isinstance(o, ast.Name) and isinstance(o.ctx, ast.Store)}
+
+@each_notebook
+def test_is_clean(path):
+    from execnb.nbio import nb2str
+    from nbdev.clean import clean_nb
+    nb = json.loads(path.read_text(encoding='utf-8'))
+    clean_nb(nb)
+    assert nb2str(nb) == path.read_text(encoding='utf-8'), "run nbdev_clean"
+
+@each_notebook
+def test_opens_as_a_page(path):
+    "A kernel is named, so that JupyterLab does not ask; the module comes first, then title and subtitle"
+    nb = read(path)
+    assert nb['metadata']['kernelspec']['name'] == 'python3'
+    if directive('default_exp', '\n'.join(code(nb))): assert directive('default_exp', nb['cells'][0]['src'])
+    assert re.fullmatch(r'# .*\n+> .*(\n- .*)*\s*', markdown(nb)[0]), (
+        "expected '# Title' and '> subtitle' only in the first markdown cell: nbdev drops the rest")
+
+@each_notebook
+def test_outputs_are_saved(path):
+    "Pictures are there; no errors, no warnings, no widget that needs a kernel"
+    nb = read(path)
+    for src, o in outputs(nb):
+        assert o['output_type'] != 'error', f"saved with an error: {src}"
+        assert o.get('name') != 'stderr', f"saved with standard error: {src}"
+        assert widget not in o.get('data', {}), f"saved with a widget: {src}"
+    plots = [s for s in code(nb) if re.search(r'^[^#\n]*\bplt\.subplots\(', s, re.M)
+             and not directive('exports?|exporti|hide|slow|cuda|eval', s)]
+    assert pictures(nb) or not plots, f"no picture is saved: run make notebooks NB={path.relative_to(root)}"
+
+@each_notebook
+def test_pictures_are_small(path):
+    sizes = [len(''.join(d))*3//4000 for d in pictures(read(path))]
+    assert not [s for s in sizes if s > 120], f"pictures of {sizes} kB: 100 kB each is the most"
+
+@each_notebook
+def test_names_no_machine(path):
+    "No path of the machine it was written on, in text, code or output"
+    nb = read(path)
+    shown = [json.dumps(o.get('text') or o.get('data', {}).get('text/plain')) for _, o in outputs(nb)]
+    assert on_a_machine.findall('\n'.join(code(nb) + markdown(nb) + shown)) == []
+
+@each_notebook
+def test_links_lead_somewhere(path):
+    text = re.sub(r'\$[^$]*\$|`[^`]*`', '', '\n\n'.join(markdown(read(path))))
+    links = re.findall(r'\]\((?!\w+:|#)([^)\s#]+)', text)
+    assert [l for l in links if not (path.parent/l).exists()] == []
+
+@each_notebook
+def test_every_public_name_is_checked(path):
+    "Each exported function and class is used in a cell that checks something, or in what such a cell uses"
+    cells = code(read(path))
+    public = [o.name for s in cells if directive('exports?', s) for o in parse(s)
+              if isinstance(o, (ast.FunctionDef, ast.ClassDef)) and o.name[0] != '_']
+    checked = names([t for s in cells if checks.search(s) and not directive('exports?', s) for t in parse(s)])
+    statements = [t for s in cells for t in parse(s)]
+    for _ in range(3): checked |= names([t for t in statements if bound(t) & checked])
+    assert [n for n in public if n not in checked] == []
+
+@each_notebook
+def test_imports_have_their_own_cells(path):
+    "A cell with imports and other code would be executed whenever the documentation is made"
+    shown = [s for s in code(read(path)) if not directive('hide', s)]
+    assert [s for s in shown if len({isinstance(t, imports) for t in parse(s)}) == 2] == []
+
+def test_readme_is_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(str(nbs/'_dev'))
+    assert importlib.import_module('make_readme').main(check=True), "run make readme"
