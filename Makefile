@@ -7,7 +7,7 @@ stamp := $(VENV)/installed
 in_venv := . $(BIN)/activate &&
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
-.PHONY: help install demo test lab docs readme notebooks constraints clean
+.PHONY: help install demo test lab docs readme notebooks weights constraints clean
 .DEFAULT_GOAL := help
 
 help:  ## This list
@@ -43,6 +43,9 @@ readme: $(stamp)  ## README.md from nbs/index.ipynb
 
 notebooks: $(stamp)  ## Execute the notebooks and save their outputs (NB=nbs/1_maths for some, FLAGS=slow for slow cells)
 	$(in_venv) python nbs/_dev/run_notebooks.py --flags '$(FLAGS)' $(NB)
+
+weights: $(stamp)  ## Train the weights in data/ anew (an hour or two on a CPU; after a stop it goes on where it was)
+	$(in_venv) python -c "from diffusion_sharpening.worlds.companion import pretrain; pretrain('runs/weights', 'data')"
 
 constraints: $(stamp)  ## Bring constraints.txt to the newest versions that settings.ini allows
 	$(in_venv) uv pip compile -q --upgrade --universal --python-version 3.10 --extra dev --no-annotate \

@@ -5,57 +5,61 @@
 # %% auto #0
 __all__ = ['RLHF_PRESETS', 'RLHF', 'collect_rlhf', 'loss_rlhf', 'setup_rlhf', 'after_rlhf']
 
-# %% ../../nbs/5_methods/42_rlhf.ipynb #18e92380
+# %% ../../nbs/5_methods/42_rlhf.ipynb #fcacee5b
 import torch
 from dataclasses import dataclass
 from torch import Tensor
 from ..losses import contrast, log_ratio, preference, step_log_ratio
-from .sharpening import (Batch, Sharpening, candidates, noise_targets, path_errors, path_mean, taken, values)
+from .sharpening import (
+    Batch, Sharpening, candidates, noise_targets, path_errors, path_mean, summary, values)
 from ..path_integral import pair, pick, standardise, tied
 from ..samplers import log_prob, step
 from ..schedules import add_noise, one_of
 from ..trajectories import START, fold, noise
 
-# %% ../../nbs/5_methods/42_rlhf.ipynb #0d5c5b13
+# %% ../../nbs/5_methods/42_rlhf.ipynb #daf65ed4
 @dataclass
 class RLHF(Sharpening):
     "RLHF-Diffusion-Sharpening: learn from preferences among the model's own trajectories"
     kind: str = 'odpo'        # dpo, odpo (eq. 11), rebel; contrast learns from all candidates
-    beta: float = 2500.       # Hold on the reference, in units of 1/(mean squared error per pixel); for transitions, of 1/(mean log-density)
-    target: str = 'reused'    # reused or consistent noise along the path; transition: the stochastic steps themselves; end: the sample, noised afresh
+    beta: float = 2500.       # Hold on the reference, in 1/(mean squared error) or, for transitions, 1/(mean log-density)
+    target: str = 'reused'    # reused or consistent noise; transition: the stochastic steps; end: the sample, noised afresh
     gap: str = 'inside'       # The reward gap: inside the logistic, or outside (released code)
-    anchor: str = 'path'      # The reference's errors: along the path, or at its first state only (released code)
+    anchor: str = 'path'      # Reference measured along the path, or at the first state (released code)
     updates: int = 1          # Gradient updates per collected batch
     old_rate: float = .05     # How fast the old policy follows, of contrast
 
     def __post_init__(self):
         super().__post_init__()
-        one_of(self.kind, ['dpo', 'odpo', 'rebel', 'contrast'], 'kind'); one_of(self.target, ['reused', 'consistent', 'transition', 'end'], 'target')
+        one_of(self.kind, ['dpo', 'odpo', 'rebel', 'contrast'], 'kind')
+        one_of(self.target, ['reused', 'consistent', 'transition', 'end'], 'target')
         one_of(self.gap, ['inside', 'outside'], 'gap'); one_of(self.anchor, ['path', 'first'], 'anchor')
         if self.n < 2: raise ValueError(f'n: a preference needs at least 2 candidates, found {self.n}')
-        if (self.target == 'transition') != (self.branch == 'sde'): raise ValueError("target 'transition' and branch 'sde' go together")
-        if (self.target == 'end') != (self.branch == 'sample'): raise ValueError("target 'end' and branch 'sample' go together")
-        if self.kind == 'contrast' and self.branch != 'sample': raise ValueError("kind 'contrast': expected branch='sample'")
+        for t, b in (('transition', 'sde'), ('end', 'sample')):
+            if (self.target == t) != (self.branch == b): raise ValueError(f'target {t!r} and branch {b!r} go together')
+        if self.kind == 'contrast' and self.branch != 'sample':
+            raise ValueError(f"kind 'contrast': expected branch='sample', found {self.branch!r}")
 
     needs_images = False
 
+_contrast = dict(branch='sample', score='final', target='end', kind='contrast', beta=1., n=8, S=10, eta=0., updates=2)
+
 RLHF_PRESETS = dict(
     paper=dict(),
-    released=dict(branch='coupled', times='uniform', aggregate='mean', gap='outside', anchor='first', kind='dpo', bptt=True),
+    released=dict(branch='coupled', times='uniform', aggregate='mean', gap='outside', anchor='first', kind='dpo',
+                  bptt=True),
     sde=dict(branch='sde', score='final', target='transition', kind='dpo', beta=20., n=4, m=3, S=16, late=.7),
     sample=dict(branch='sample', score='final', target='end', kind='dpo', n=4, S=16, eta=0.),
-    contrast=dict(branch='sample', score='final', target='end', kind='contrast', beta=1., n=8, S=10, eta=0., updates=2),
-    default=dict(branch='sample', score='final', target='end', kind='contrast', beta=1., n=8, S=10, eta=0., updates=2))
+    contrast=_contrast, default=_contrast)
 
-# %% ../../nbs/5_methods/42_rlhf.ipynb #938e25a5
+# %% ../../nbs/5_methods/42_rlhf.ipynb #55455747
 def collect_rlhf(cfg:RLHF, model, reward, batch:Batch
                 )->dict: # The lesson: what the chosen kind needs, plus statistics in `log`
     "Make candidates and choose; no gradients"
     c = candidates(cfg, model, batch)
     R, end, nfe = values(cfg, model, reward, batch, c)
     use = (~tied(R)).float()                                             # no preference, no lesson
-    log = dict(reward=R.mean().item(), best=R.amax(0).mean().item(), spread=R.std(0, correction=0).mean().item(),
-               tied=1-use.mean().item(), nfe=c.nfe+nfe)
+    log = dict(summary(R), tied=1-use.mean().item(), nfe=c.nfe+nfe)
     out = dict(cond=batch.cond, seeds=batch.seeds, use=use, log=log)
     if cfg.kind == 'contrast': return out | dict(x0=end, r=.5 + .25*standardise(R).clamp(-2, 2))
     w, l = pair(R); Z = standardise(R)
@@ -70,21 +74,23 @@ def _side(cfg, model, c, end, i):
     if cfg.target == 'end': return dict(end=pick(end, i))
     x, ts = pick(c.tr.states, i, 1), pick(c.tr.t, i, 1)
     if cfg.target == 'transition': return dict(x=x, ts=ts)
-    return dict(x=x[:-1], ts=ts, eps=noise_targets(cfg.target, model.schedule, x[:-1], ts, pick(c.x0, i), pick(c.eps, i)))
+    x0, eps = pick(c.x0, i), pick(c.eps, i)
+    return dict(x=x[:-1], ts=ts, eps=noise_targets(cfg.target, model.schedule, x[:-1], ts, x0, eps))
 
-# %% ../../nbs/5_methods/42_rlhf.ipynb #339b7cc8
+# %% ../../nbs/5_methods/42_rlhf.ipynb #7f7237d3
 def _evidence(cfg, model, s, lesson, reference=False): # `(B,)`
     if cfg.target == 'transition': return _transition(cfg, model, s, lesson['cond'])
     if cfg.target == 'end': return _end_error(cfg, model, s, lesson)
-    bptt = cfg.bptt and not reference
-    if reference and cfg.anchor == 'first': return path_errors(model, s['x'][:1], s['ts'][:2], lesson['cond'], s['eps'][:1])[0]
+    bptt, first = cfg.bptt and not reference, reference and cfg.anchor == 'first'
+    if first: return path_errors(model, s['x'][:1], s['ts'][:2], lesson['cond'], s['eps'][:1])[0]
     return path_mean(path_errors(model, s['x'], s['ts'], lesson['cond'], s['eps'], bptt), s['ts'])
 
 def _end_error(cfg, model, s, lesson):
     x0 = s['end']; grid = model.grid(cfg.S)
-    t = grid[fold(lesson['seeds'], 0x76).abs() % cfg.S].to(x0.device)    # one time and one noise for winner and loser
+    t = grid[fold(lesson['seeds'], 0x76).abs() % cfg.S].to(x0.device)  # the same for both sides
     eps = noise(fold(lesson['seeds'], 0x77), START, model.shape, x0.device)
-    return path_errors(model, add_noise(model.schedule, x0, eps, t)[None], torch.stack([t, t]), lesson['cond'], eps[None])[0]
+    x = add_noise(model.schedule, x0, eps, t)
+    return path_errors(model, x[None], torch.stack([t, t]), lesson['cond'], eps[None])[0]
 
 def _transition(cfg, model, s, cond):
     x, ts = s['x'], s['ts']
@@ -92,7 +98,7 @@ def _transition(cfg, model, s, cond):
     st = step(model.schedule, x[:-1], x0, e, ts[:-1], ts[1:], cfg.eta)
     return log_prob(x[1:], st.mean, st.std).mean(0)
 
-# %% ../../nbs/5_methods/42_rlhf.ipynb #515e09b2
+# %% ../../nbs/5_methods/42_rlhf.ipynb #2757b84f
 def loss_rlhf(cfg:RLHF, model, lesson:dict,
               u:int=0 # Which update on this batch
              )->tuple: # Scalar loss with gradient, and statistics
@@ -102,11 +108,12 @@ def loss_rlhf(cfg:RLHF, model, lesson:dict,
     lw, ll = [_ratio(cfg, _evidence(cfg, view, s, lesson), s['ref']) for s in lesson['sides']]
     margin, use, gap = cfg.beta*(lw-ll), lesson['use'], lesson['gap']
     loss = preference(margin, gap if cfg.gap == 'inside' else None, cfg.kind if cfg.gap == 'inside' else 'dpo')
-    if cfg.gap == 'outside': loss = loss + gap                           # no gradient; kept to show the numbers the released code logs
-    m = margin.detach()
-    return (loss*use).sum()/use.sum().clamp(min=1), dict(margin=m.mean().item(), accuracy=((m > 0)*use).sum().item()/max(1., use.sum().item()))
+    if cfg.gap == 'outside': loss = loss + gap                           # no gradient; what the released code logs
+    m, N = margin.detach(), use.sum().clamp(min=1)
+    return (loss*use).sum()/N, dict(margin=m.mean().item(), accuracy=((m > 0)*use).sum().item()/N.item())
 
-def _ratio(cfg, now, ref): return step_log_ratio(now, ref) if cfg.target == 'transition' else log_ratio(now, ref)
+def _ratio(cfg, now, ref):
+    return step_log_ratio(now, ref) if cfg.target == 'transition' else log_ratio(now, ref)
 
 def _loss_contrast(cfg, model, view, lesson, u):
     x0, grid = lesson['x0'], model.grid(cfg.S)
@@ -115,8 +122,9 @@ def _loss_contrast(cfg, model, view, lesson, u):
     x_t = add_noise(model.schedule, x0, noise(seeds, START, model.shape, x0.device), t)
     with torch.no_grad(), model.use('old'): old = view.predict(x_t, t, lesson['cond'])[0]
     new = view.predict(x_t, t, lesson['cond'])[0]
-    loss = contrast(new, old, x0, lesson['r'], cfg.beta)
-    return (loss*lesson['use']).sum()/(lesson['use'].sum().clamp(min=1)*cfg.n), dict(moved=(new-old).detach().square().mean().item())
+    loss, use = contrast(new, old, x0, lesson['r'], cfg.beta), lesson['use']
+    moved = (new-old).detach().square().mean().item()
+    return (loss*use).sum()/(use.sum().clamp(min=1)*cfg.n), dict(moved=moved)
 
 # %% ../../nbs/5_methods/42_rlhf.ipynb #434be363
 def setup_rlhf(cfg:RLHF, model):

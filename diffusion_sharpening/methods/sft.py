@@ -5,31 +5,33 @@
 # %% auto #0
 __all__ = ['SFT_PRESETS', 'SFT', 'collect_sft', 'loss_sft']
 
-# %% ../../nbs/5_methods/41_sft.ipynb #651f6cd6
+# %% ../../nbs/5_methods/41_sft.ipynb #e375b6e2
 import torch
 from dataclasses import dataclass
 from torch import Tensor
 from ..losses import denoising
-from .sharpening import (Batch, Sharpening, candidates, noise_targets, path_errors, path_mean, values)
+from .sharpening import (
+    Batch, Sharpening, candidates, noise_targets, path_errors, path_mean, summary, values)
 from ..path_integral import argmax, pick, weights
 from ..schedules import add_noise, implied_eps, one_of, target
 from ..trajectories import START, fold, noise
 
-# %% ../../nbs/5_methods/41_sft.ipynb #dd20d427
+# %% ../../nbs/5_methods/41_sft.ipynb #4c73b857
 @dataclass
 class SFT(Sharpening):
     "SFT-Diffusion-Sharpening: denoising loss along the chosen trajectory"
     choose: str = 'argmax'    # argmax: the best path; softmax: all, weighted by exp(R/alpha)
     alpha: float = 1.         # Temperature of softmax, in units of the value
-    target: str = 'reused'    # reused or consistent noise along the path; end: the start state learns where the path ends
+    target: str = 'reused'    # reused or consistent noise along the path; end: where the path ends
 
     pair = False
 
     def __post_init__(self):
         super().__post_init__()
-        one_of(self.choose, ['argmax', 'softmax'], 'choose'); one_of(self.target, ['reused', 'consistent', 'end'], 'target')
-        if self.branch == 'sample' and self.target != 'end': raise ValueError("branch 'sample' has no noised image: expected target='end'")
-        if self.branch == 'sde' and self.target != 'end': raise ValueError("branch 'sde': expected target='end'")
+        one_of(self.choose, ['argmax', 'softmax'], 'choose')
+        one_of(self.target, ['reused', 'consistent', 'end'], 'target')
+        if self.branch in ('sample', 'sde') and self.target != 'end':
+            raise ValueError(f"branch {self.branch!r}: expected target='end', found {self.target!r}")
 
     @property
     def needs_images(self): return self.branch in ('noise', 'sde')
@@ -42,9 +44,9 @@ SFT_PRESETS = dict(
     plain=dict(n=1, m=1),
     default=dict(branch='sde', score='final', target='end', n=4, m=3, S=16, late=.7))
 
-# %% ../../nbs/5_methods/41_sft.ipynb #1b2f3d14
+# %% ../../nbs/5_methods/41_sft.ipynb #320f480f
 def collect_sft(cfg:SFT, model, reward, batch:Batch
-               )->dict: # The lesson: states `x`, times `ts`, noise targets `eps` or end `x0`, weights `w`; statistics in `log`
+               )->dict: # Lessons (states, times, targets), their weights `w`, and statistics in `log`
     "Choose what to learn from; no gradients"
     c = candidates(cfg, model, batch)
     if cfg.n == 1: R, end, nfe = torch.zeros(1, len(batch.prompts), device=model.device), c.tr.end, 0
@@ -54,7 +56,7 @@ def collect_sft(cfg:SFT, model, reward, batch:Batch
     get = lambda x, i, dim=0: pick(x, best, dim) if i is None else x.select(dim, i)
     lessons = [_lesson(cfg, model, batch, c, end, lambda x, dim=0: get(x, i, dim)) for i in keep]
     return dict(lessons=lessons, w=w if cfg.choose == 'softmax' else torch.ones_like(w[:1]), cond=batch.cond,
-                log=dict(reward=R.mean().item(), best=R.amax(0).mean().item(), spread=R.std(0, correction=0).mean().item(), nfe=c.nfe+nfe))
+                log=dict(summary(R), nfe=c.nfe+nfe))
 
 def _lesson(cfg, model, batch, c, end, get):
     sch = model.schedule
@@ -65,10 +67,12 @@ def _lesson(cfg, model, batch, c, end, get):
     if cfg.branch != 'sample': return dict(x=get(c.tr.states[0]), t=get(c.tr.t[0]), x0=x0)
     grid = model.grid(cfg.S); u = fold(batch.seeds, 0x74).abs()
     t = grid[(u % cfg.S)].to(x0.device)
-    return dict(x=add_noise(sch, x0, noise(fold(batch.seeds, 0x75), START, model.shape, x0.device), t), t=t, x0=x0)
+    eps = noise(fold(batch.seeds, 0x75), START, model.shape, x0.device)
+    return dict(x=add_noise(sch, x0, eps, t), t=t, x0=x0)
 
-# %% ../../nbs/5_methods/41_sft.ipynb #f4dee6c0
-def loss_sft(cfg:SFT, model, lesson:dict
+# %% ../../nbs/5_methods/41_sft.ipynb #20f6b50f
+def loss_sft(cfg:SFT, model, lesson:dict,
+             u:int=0 # Which update on this batch; they are all the same here
             )->tuple: # Scalar loss with gradient, and statistics
     "Denoising loss on what was chosen"
     model = model.with_guidance(cfg.guidance)
@@ -78,4 +82,5 @@ def loss_sft(cfg:SFT, model, lesson:dict
 def _one_loss(cfg, model, o, cond):
     if 'eps' in o: return path_mean(path_errors(model, o['x'], o['ts'], cond, o['eps'], cfg.bptt), o['ts'])
     eps = implied_eps(model.schedule, o['x'], o['x0'], o['t'])
-    return denoising(model.output(o['x'], o['t'], cond), target(model.schedule, o['x0'], eps, o['t'], model.kind))
+    goal = target(model.schedule, o['x0'], eps, o['t'], model.kind)
+    return denoising(model.output(o['x'], o['t'], cond), goal)

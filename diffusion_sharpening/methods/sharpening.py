@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['Sharpening', 'configure', 'Batch', 'Candidates', 'starts', 'images_of', 'candidates', 'taken', 'score_images',
-           'finish', 'values', 'path_errors', 'path_mean', 'noise_targets']
+           'summary', 'finish', 'values', 'path_errors', 'path_mean', 'noise_targets']
 
-# %% ../../nbs/5_methods/40_sharpening.ipynb #6149710b
+# %% ../../nbs/5_methods/40_sharpening.ipynb #e1c394ba
 import torch
 from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from torch import Tensor
 from ..losses import denoising
 from ..path_integral import aggregate, standardise
@@ -18,7 +17,7 @@ from ..samplers import step
 from ..schedules import add_noise, implied_eps, one_of
 from ..trajectories import START, branch, fold, noise, path_times, rollout, stride_times
 
-# %% ../../nbs/5_methods/40_sharpening.ipynb #2b140856
+# %% ../../nbs/5_methods/40_sharpening.ipynb #c9c5a40b
 @dataclass
 class Sharpening:
     "Settings shared by SFT- and RLHF-Diffusion-Sharpening"
@@ -27,8 +26,8 @@ class Sharpening:
     S: int = 25             # Steps of the whole sampler
     eta: float = 1.         # Fresh noise in branches that are stochastic
     guidance: float = 1.    # Classifier-free guidance in rollouts and training; 1: none
-    branch: str = 'noise'   # noise: n noises on one image; sde: n stochastic branches of one state; sample: n full samples; coupled: n samples, each with its own noise (released code)
-    score: str = 'path'     # path: the clean estimates of the m states; final: the picture where the path leads
+    branch: str = 'noise'   # noise (n on one image), sde (from one state), sample (n full ones), coupled (released code)
+    score: str = 'path'     # path: clean estimates of the m states; final: the picture where the path leads
     aggregate: str = 'sum'  # Of the rewards along a path: sum, mean, last or discount
     times: str = 'grid'     # Start times: grid, of the sampler; uniform, over all (released code)
     early: float = 0.       # Start no earlier than this share of the sampler's steps
@@ -41,7 +40,8 @@ class Sharpening:
         for k, lo in (('n', 1), ('m', 1), ('S', 1)):
             if getattr(self, k) < lo: raise ValueError(f'{k}: expected at least {lo}, found {getattr(self, k)}')
         if self.m > self.S: raise ValueError(f'm: expected at most S={self.S} steps, found {self.m}')
-        if not 0 <= self.early < self.late <= 1: raise ValueError(f'early, late: expected 0 ≤ early < late ≤ 1, found {self.early}, {self.late}')
+        if not 0 <= self.early < self.late <= 1:
+            raise ValueError(f'early, late: expected 0 ≤ early < late ≤ 1, found {self.early}, {self.late}')
 
 def configure(cls, # A settings dataclass
               presets:dict, # Name → settings
@@ -50,11 +50,7 @@ def configure(cls, # A settings dataclass
              ): # An object of `cls`
     "Make settings from a preset and changes"
     one_of(preset, list(presets), 'preset')
-    names = [f.name for f in fields(cls)]
-    for k in changes:
-        if k not in names:
-            near = get_close_matches(k, names, 1)
-            raise ValueError(f'unknown setting {k!r}' + (f', did you mean {near[0]!r}?' if near else f"; there are: {', '.join(names)}"))
+    for k in changes: one_of(k, [f.name for f in fields(cls)], 'setting')
     return cls(**{**presets[preset], **changes})
 
 # %% ../../nbs/5_methods/40_sharpening.ipynb #fb7d9ed5
@@ -82,7 +78,7 @@ def starts(cfg, schedule, grid, seeds): # `(m+1, B)` times of a path for each pr
     if cfg.times == 'grid': return path_times(grid, (lo + u % (hi-lo)).to(dev), cfg.m)
     return stride_times((u % schedule.T).to(dev), schedule.T//S, cfg.m)
 
-# %% ../../nbs/5_methods/40_sharpening.ipynb #873494f8
+# %% ../../nbs/5_methods/40_sharpening.ipynb #14c4fd62
 def images_of(cfg, model, batch, own): # Latents `(n or 1, B, C, H, W)`, their start noise, evaluations
     "The images that candidates start from: those of the batch, or the model's own"
     if batch.x0 is not None: return batch.x0[None].float(), None, 0
@@ -112,10 +108,11 @@ def candidates(cfg:Sharpening, # Settings
 
 def _samples(cfg, model, batch, grid, seeds):
     x, _ = branch('sample', model.schedule, model.shape, None, seeds)
-    tr = rollout(model.predict, model.schedule, x.to(model.device), grid, batch.cond, cfg.eta, seeds, keep=False)
+    x = x.to(model.device)
+    tr = rollout(model.predict, model.schedule, x, grid, batch.cond, cfg.eta, seeds, keep=False)
     return Candidates(tr, tr.end, None, tr.nfe)
 
-# %% ../../nbs/5_methods/40_sharpening.ipynb #62b66247
+# %% ../../nbs/5_methods/40_sharpening.ipynb #75a6372d
 def taken(ts:Tensor # Times `(m+1, …)`
          )->Tensor: # bool `(m, …)`
     "Which steps of a path are real; padded ones start at the clean end"
@@ -132,11 +129,16 @@ def score_images(reward, # A reward, or a mixture
     if not isinstance(reward, Mixture): return one(reward)
     return sum(w*standardise(one(r), dim=1) for r, w in zip(reward.rewards, reward.weights.tolist()))
 
+def summary(R:Tensor # Values `(n, B)`
+           )->dict: # For the log
+    "Mean of the candidates, of the best ones, and the spread within a prompt"
+    return dict(reward=R.mean().item(), best=R.amax(0).mean().item(), spread=R.std(0, correction=0).mean().item())
+
 def finish(cfg, model, batch, c:Candidates): # Latents `(n, B, C, H, W)` and evaluations
     "Where paths lead: the rest of the sampler, without fresh noise"
     t, grid = c.tr.t[-1], model.grid(cfg.S).to(c.tr.t.device)
     if (t < 0).all(): return c.tr.end, 0
-    i = (grid.view(-1, 1) >= t[0]).sum(0)                                # the first grid time below each path's end
+    i = (grid.view(-1, 1) >= t[0]).sum(0)               # the first grid time below each path's end
     rest = grid[(i + torch.arange(cfg.S-int(i.min())+1, device=i.device)[:, None]).clamp(max=cfg.S)]
     ts = torch.cat([t[:1], rest])[:, None].expand(-1, cfg.n, -1)
     view = model.with_guidance(cfg.guidance)

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
-# %% ../../nbs/4_rewards/30_protocol.ipynb #bc7ca42d
+# %% ../../nbs/4_rewards/30_protocol.ipynb #fba9d894
 class RewardError(ValueError):
     "A reward did not give one finite number per picture"
 
@@ -21,17 +21,19 @@ def as_images(images # Tensor `(B, 3, H, W)` (float in [0, 1] or uint8), or PIL 
     "Pictures as the tensor every reward takes"
     if not torch.is_tensor(images):
         import numpy as np
-        images = torch.stack([torch.from_numpy(np.array(im.convert('RGB'))).permute(2, 0, 1) for im in images])
+        rows = [torch.from_numpy(np.array(im.convert('RGB'))) for im in images]
+        images = torch.stack(rows).permute(0, 3, 1, 2)
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f'images: expected (B, 3, H, W), found {tuple(images.shape)}')
     return images.float()/255 if images.dtype == torch.uint8 else images.float()
 
-# %% ../../nbs/4_rewards/30_protocol.ipynb #d74e4e6d
+# %% ../../nbs/4_rewards/30_protocol.ipynb #530cdbaa
 class Reward:
     "A judge of pictures: subclass it and implement `score(images, prompts) -> (B,)`, higher is better"
     name, differentiable = 'reward', False
 
     def score(self, images:Tensor, prompts:list)->Tensor:
+        "One number per picture, `(B,)`; the part a subclass writes"
         raise NotImplementedError(f'{type(self).__name__} does not implement score')
 
     def __call__(self,
@@ -40,7 +42,8 @@ class Reward:
     )->Tensor: # Float32 `(B,)`; `RewardError` names this reward if that is not what came out
         "Score pictures against their prompts"
         images = as_images(images)
-        if len(images) != len(prompts): raise RewardError(f'{self.name}: {len(images)} images but {len(prompts)} prompts')
+        if len(images) != len(prompts):
+            raise RewardError(f'{self.name}: {len(images)} images but {len(prompts)} prompts')
         return finite_scores(self.name, self.score(images, list(prompts)), len(images))
 
 def finite_scores(name:str, # Of the reward
@@ -49,12 +52,14 @@ def finite_scores(name:str, # Of the reward
                  )->Tensor: # Float32 `(n,)`
     "Check that scores are `n` finite numbers"
     scores = torch.as_tensor(scores, dtype=torch.float32)
-    if scores.shape != (n,): raise RewardError(f'{name}: expected {n} scores, found shape {tuple(scores.shape)}')
+    if scores.shape != (n,):
+        raise RewardError(f'{name}: expected {n} scores, found shape {tuple(scores.shape)}')
     bad = (~scores.isfinite()).nonzero().flatten().tolist()
-    if bad: raise RewardError(f'{name}: {len(bad)} of {n} scores are not finite, the first for picture {bad[0]}')
+    if bad:
+        raise RewardError(f'{name}: {len(bad)} of {n} scores are not finite, the first for picture {bad[0]}')
     return scores
 
-# %% ../../nbs/4_rewards/30_protocol.ipynb #dc5e8366
+# %% ../../nbs/4_rewards/30_protocol.ipynb #44b1cf0b
 @dataclass(frozen=True)
 class Entry:
     "A reward that can be asked for by name"
@@ -65,7 +70,8 @@ class Entry:
     exam: bool = False # For evaluation only?
 
 USES = dict(
-    clip=Entry('clip:CLIPScore', 'an open_clip model: shapes (embedded), or ViT-L-14-quickgelu with weights openai', ('open_clip',), 'pip install open_clip_torch'),
+    clip=Entry('clip:CLIPScore', 'an open_clip model: shapes (embedded), or ViT-L-14-quickgelu/openai',
+               ('open_clip',), 'pip install open_clip_torch'),
     checker=Entry('checker:Checker', 'nothing; pictures and captions of Shapes', exam=True))
 
 def entry(name:str # A name in `USES`
@@ -73,7 +79,8 @@ def entry(name:str # A name in `USES`
     "Look a reward up by name"
     if name in USES: return USES[name]
     near = get_close_matches(name, USES, 1)
-    raise ValueError(f'unknown reward {name!r}' + (f', did you mean {near[0]!r}?' if near else f"; there are: {', '.join(USES)}"))
+    hint = f', did you mean {near[0]!r}?' if near else f"; there are: {', '.join(USES)}"
+    raise ValueError(f'unknown reward {name!r}{hint}')
 
 def usable(name:str # A name in `USES`
           )->tuple: # True or False, and what makes it usable
@@ -82,21 +89,27 @@ def usable(name:str # A name in `USES`
     missing = [m for m in e.modules if importlib.util.find_spec(m) is None]
     return not missing, (f"needs {', '.join(missing)}: {e.hint}" if missing else '')
 
-# %% ../../nbs/4_rewards/30_protocol.ipynb #494fbc98
+# %% ../../nbs/4_rewards/30_protocol.ipynb #5d28a439
 class Mixture(Reward):
-    "Several rewards with weights; `__call__` gives the weighted sum of raw scores, `mix` of standardised ones"
-    def __init__(self, rewards:list, weights:list):
+    "Several rewards with weights; a call gives the weighted sum of their raw scores"
+    def __init__(self,
+        rewards:list, # Rewards
+        weights:list # Their weights
+    ):
         self.rewards, self.weights = rewards, torch.tensor(weights, dtype=torch.float32)
         self.name = '+'.join(r.name for r in rewards)
         self.differentiable = all(r.differentiable for r in rewards)
-    def score(self, images, prompts): return torch.stack([w*r(images, prompts) for r, w in zip(self.rewards, self.weights)]).sum(0)
+    def score(self, images, prompts):
+        "Weighted sum of the raw scores, `(B,)`"
+        return torch.stack([w*r(images, prompts) for r, w in zip(self.rewards, self.weights)]).sum(0)
 
 def load_reward(spec:str, # `name`, `name@weights`, or `name:weight,name:weight…`
                 world:str=None, # Embedded world whose weights are meant where none are named, e.g. `shapes`
                 train:bool=True # Is it going to be trained on?
-               )->Reward:
+               )->Reward: # ValueError if it cannot be had, with what to do about it
     "Make a reward from its name"
-    parts = [re.fullmatch(r'([\w-]+)(!?)(?:@([^:,]+))?(?::([\d.eE+-]+))?', s.strip()) for s in spec.split(',')]
+    form = re.compile(r'([\w-]+)(!?)(?:@([^:,]+))?(?::([\d.eE+-]+))?')
+    parts = [form.fullmatch(s.strip()) for s in spec.split(',')]
     if not all(parts): raise ValueError(f"reward {spec!r}: expected name, name@weights or name:weight,…")
     made = [_load(m.group(1), m.group(2), m.group(3) or world, train) for m in parts]
     return made[0] if len(made) == 1 else Mixture(made, [float(m.group(4) or 1) for m in parts])
@@ -104,8 +117,10 @@ def load_reward(spec:str, # `name`, `name@weights`, or `name:weight,name:weight�
 def _load(name, forced, which, train):
     e = entry(name)
     if e.exam and train and not forced:
-        raise ValueError(f'reward {name!r} is the exam and is not trained on; ask for {name!r}+"!" if that is what you want')
-    if e.exam and train: print(f'warning: training on {name}, so its scores are no longer an independent measure')
+        raise ValueError(f'reward {name!r} is the exam and is not trained on; '
+                         f"ask for '{name}!' if that is what you want")
+    if e.exam and train:
+        print(f'warning: training on {name}, so its scores are no longer an independent measure')
     ok, how = usable(name)
     if not ok: raise ValueError(f'reward {name!r} {how}')
     module, cls = e.where.split(':')

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from .base import Reward
 
-# %% ../../nbs/4_rewards/32_exam.ipynb #1c31a839
+# %% ../../nbs/4_rewards/32_exam.ipynb #51902cb9
 class Checker(Reward):
     "The exact score of Shapes pictures; for evaluation"
     name = 'checker'
     def __init__(self, which=None): pass
     def score(self, images:Tensor, prompts:list)->Tensor:
+        "Share of each caption's statements that hold, `(B,)`"
         from diffusion_sharpening.worlds.checker import check
         return check(images, prompts)
 
-# %% ../../nbs/4_rewards/32_exam.ipynb #d54e5174
+# %% ../../nbs/4_rewards/32_exam.ipynb #46e2a7a2
 def image_stats(images:Tensor # `(B, 3, H, W)` in [0, 1]
                )->dict: # Means over the pictures
     "Brightness, saturation, edge density, colour entropy (bits) and diversity of a set of pictures"
@@ -30,5 +31,7 @@ def image_stats(images:Tensor # `(B, 3, H, W)` in [0, 1]
     p = torch.nn.functional.one_hot(key.flatten(1), 64).float().mean(1)
     small = torch.nn.functional.adaptive_avg_pool2d(x, 8).flatten(1)
     far = torch.cdist(small, small).sum()/max(1, len(x)*(len(x)-1))/small.shape[1]**.5
-    return dict(brightness=grey.mean().item(), saturation=sat.mean().item(), edge_density=edges.float().mean().item(),
-                colour_entropy=-(p*p.clamp(min=1e-9).log2()).sum(1).mean().item(), diversity=far.item())
+    entropy = -(p*p.clamp(min=1e-9).log2()).sum(1).mean()
+    return dict(brightness=grey.mean().item(), saturation=sat.mean().item(),
+                edge_density=edges.float().mean().item(),
+                colour_entropy=entropy.item(), diversity=far.item())

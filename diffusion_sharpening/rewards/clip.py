@@ -26,13 +26,13 @@ def preprocess(images:Tensor, # `(B, 3, H, W)` in [0, 1]
     mean, std = (torch.tensor(cfg[k], device=images.device).view(1, 3, 1, 1) for k in ('mean', 'std'))
     return (images[..., top:top+size, left:left+size] - mean)/std
 
-# %% ../../nbs/4_rewards/31_clip.ipynb #674acf08
+# %% ../../nbs/4_rewards/31_clip.ipynb #3efdc937
 class CLIPScore(Reward):
     "Cosine of picture and prompt under an open_clip model"
     name, differentiable = 'clip', True
 
     def __init__(self,
-        which:str=None, # `shapes` (embedded), a folder written by open_clip, or `model/weights`; None: ViT-L-14-quickgelu/openai
+        which:str=None, # `shapes` (embedded), a folder, or `model/weights`; None: ViT-L-14-quickgelu/openai
         device:str='cpu',
         scale:float=1. # Multiply the cosine; 100 gives the numbers of the paper's code
     ):
@@ -40,19 +40,22 @@ class CLIPScore(Reward):
         self.model.eval().requires_grad_(False).to(device)
         self.cfg, self.scale, self.texts = self.model.visual.preprocess_cfg, scale, {}
 
-    def text(self, prompts, device):
+    def text(self, prompts:list, device)->Tensor:
         "Unit text features `(B, d)`, from the cache where they are known"
         new = [p for p in dict.fromkeys(prompts) if p not in self.texts]
         if new:
-            with torch.no_grad(): t = F.normalize(self.model.to(device).encode_text(self.tok(new).to(device)), dim=-1)
+            ids = self.tok(new).to(device)
+            with torch.no_grad(): t = F.normalize(self.model.to(device).encode_text(ids), dim=-1)
             self.texts.update(zip(new, t))
         return torch.stack([self.texts[p] for p in prompts]).to(device)
 
     def score(self, images:Tensor, prompts:list)->Tensor:
+        "Cosines `(B,)`, times the scale"
         v = F.normalize(self.model.to(images.device).encode_image(preprocess(images, self.cfg)), dim=-1)
         return self.scale*(v*self.text(prompts, images.device)).sum(-1)
 
-def load_clip(which:str): # open_clip model and tokenizer; ValueError says what was expected
+def load_clip(which:str # `shapes`, a folder, or `model/weights`
+             )->tuple: # open_clip model and tokenizer; ValueError says what was expected
     "Load an open_clip model that has trained weights"
     import open_clip
     from pathlib import Path
@@ -63,7 +66,9 @@ def load_clip(which:str): # open_clip model and tokenizer; ValueError says what 
         return open_clip.create_model_and_transforms(name)[0], open_clip.get_tokenizer(name)
     arch, _, tag = which.rpartition('/')
     if (arch, tag) not in open_clip.list_pretrained():
-        raise ValueError(f"clip: expected 'shapes', a folder, or model/weights as in ViT-L-14-quickgelu/openai; found {which!r}")
+        raise ValueError("clip: expected 'shapes', a folder, or model/weights "
+                         f'as in ViT-L-14-quickgelu/openai; found {which!r}')
     try: return open_clip.create_model_and_transforms(arch, pretrained=tag)[0], open_clip.get_tokenizer(arch)
     except Exception as e:
-        raise ValueError(f'clip: could not load {which} ({type(e).__name__}); with a network, open_clip downloads it once') from None
+        raise ValueError(f'clip: could not load {which} ({type(e).__name__}); '
+                         'with a network, open_clip downloads it once') from None

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['hues', 'regions', 'outline_of', 'fill_of', 'read', 'related', 'judge', 'check', 'by_category']
 
-# %% ../../nbs/3_worlds/21_checker.ipynb #dada0fc6
-import itertools, random
+# %% ../../nbs/3_worlds/21_checker.ipynb #058a4494
+import itertools
 from functools import lru_cache
 import numpy as np, torch, torch.nn.functional as F
-from .shapes import (CATEGORIES, COLOURS, PX, SHAPES, SPATIAL, TEXTURES, Spec, Thing,
-                                                category, fill, mask, parse)
+from diffusion_sharpening.worlds.shapes import (
+    CATEGORIES, COLOURS, PX, SHAPES, SPATIAL, TEXTURES, Spec, Thing,
+    category, fill, mask, parse)
 
-# %% ../../nbs/3_worlds/21_checker.ipynb #e45493d6
+# %% ../../nbs/3_worlds/21_checker.ipynb #1f040869
 _PALETTE = torch.tensor(list(COLOURS.values()))/255
 _HUES = F.normalize(_PALETTE - _PALETTE.mean(1, keepdim=True), dim=1)
 _STRENGTH = (_PALETTE - _PALETTE.mean(1, keepdim=True)).norm(dim=1)
@@ -24,7 +25,8 @@ def hues(images:torch.Tensor # Pictures `(B, 3, 64, 64)`, float in [0, 1]
     along = torch.einsum('bchw,kc->bkhw', c, _HUES)
     best, k = along.max(1)
     light = images.amax(1)
-    bar = _STRENGTH[k]*.42*torch.where(light < .62*_PALETTE.amax(1)[k], .5, 1.)   # a darkened fill has a shorter vector
+    # a darkened fill has a shorter vector
+    bar = _STRENGTH[k]*.42*torch.where(light < .62*_PALETTE.amax(1)[k], .5, 1.)
     return torch.where((best > bar) & (best > .7*c.norm(dim=1)), k, -1)
 
 # %% ../../nbs/3_worlds/21_checker.ipynb #28198fce
@@ -39,7 +41,7 @@ def regions(k:torch.Tensor # Hue indices `(B, H, W)`
         if torch.equal(new, lab): return new.long()
         lab = new
 
-# %% ../../nbs/3_worlds/21_checker.ipynb #95cb83a6
+# %% ../../nbs/3_worlds/21_checker.ipynb #6e24b9b4
 def _filled(m):
     "Fill pixels enclosed from all four sides"
     c = lambda a, d: torch.cummax(a, d).values
@@ -50,7 +52,8 @@ def _filled(m):
 def _view(m):
     ys, xs = torch.where(m)
     crop = m[ys.min():ys.max()+1, xs.min():xs.max()+1].float()
-    return F.interpolate(crop[None, None], (24, 24), mode='bilinear', antialias=True, align_corners=False)[0, 0]
+    small = F.interpolate(crop[None, None], (24, 24), mode='bilinear', antialias=True, align_corners=False)
+    return small[0, 0]
 
 @lru_cache
 def _templates():
@@ -58,7 +61,7 @@ def _templates():
     return torch.stack([torch.stack([one(s, r) for r in (9, 12, 16)]).mean(0) for s in SHAPES])
 
 def outline_of(m:torch.Tensor # Filled region `(H, W)`, boolean
-              ): # Shape name or None, and the overlap with it
+              )->tuple: # Shape name or None, and the overlap with it
     "The outline a region shows"
     v, T = _view(m)[None], _templates()
     fit = torch.minimum(v, T).sum((1, 2))/torch.maximum(v, T).sum((1, 2))
@@ -66,7 +69,7 @@ def outline_of(m:torch.Tensor # Filled region `(H, W)`, boolean
     i = int(fit.argmax())
     return (SHAPES[i] if fit[i] > .62 and .62 < h/w < 1.6 else None), fit[i].item()
 
-# %% ../../nbs/3_worlds/21_checker.ipynb #a467cfa3
+# %% ../../nbs/3_worlds/21_checker.ipynb #0ca86982
 @lru_cache
 def _patterns():
     g = (np.arange(PX*4)+.5)/4
@@ -74,11 +77,12 @@ def _patterns():
                   checkered=list(itertools.product(range(11), range(11))))
     draw = lambda t, i, j: 1. - fill(t, g[None]+i, g[:,None]+j).reshape(PX, 4, PX, 4).mean((1, 3))
     names = [t for t, ss in shifts.items() for _ in ss]
-    return names, torch.tensor(np.stack([draw(t, i, j) for t, ss in shifts.items() for i, j in ss]), dtype=torch.float)
+    drawn = np.stack([draw(t, i, j) for t, ss in shifts.items() for i, j in ss])
+    return names, torch.tensor(drawn, dtype=torch.float)
 
 def fill_of(image:torch.Tensor, # Picture `(3, H, W)` in [0, 1]
             m:torch.Tensor # Region `(H, W)`, boolean
-           ): # Texture name or None
+           )->str: # Texture name, or None
     "The fill a region shows"
     core = F.max_pool2d((~m).float()[None, None], 3, 1, 1)[0, 0] == 0
     if core.sum() < 12: core = m
@@ -89,17 +93,20 @@ def fill_of(image:torch.Tensor, # Picture `(3, H, W)` in [0, 1]
     fit = P @ v; i = int(fit.argmax())
     return names[i] if fit[i] > .45 else None
 
-# %% ../../nbs/3_worlds/21_checker.ipynb #21113161
+# %% ../../nbs/3_worlds/21_checker.ipynb #13b70cf2
 def _object(image, k, m):
     ys, xs = torch.where(m); whole = _filled(m)
     r = max((ys.max()-ys.min()).item(), (xs.max()-xs.min()).item())/2 + .5
     shape, _ = outline_of(whole)
-    return Thing(shape, list(COLOURS)[k], fill_of(image, m), 'large' if r > 10.5 else 'small', (xs.max()+xs.min()).item()/2+.5, (ys.max()+ys.min()).item()/2+.5, r), whole
+    x, y = (xs.max()+xs.min()).item()/2 + .5, (ys.max()+ys.min()).item()/2 + .5
+    size = 'large' if r > 10.5 else 'small'
+    return Thing(shape, list(COLOURS)[k], fill_of(image, m), size, x, y, r), whole
 
 def read(images:torch.Tensor # Pictures `(B, 3, 64, 64)`, float in [0, 1]
         )->list: # For each picture a list of (`Thing`, filled mask)
     "Read pictures back into objects"
-    if images.shape[1:] != (3, PX, PX): raise ValueError(f'checker: expected images (B, 3, {PX}, {PX}), found {tuple(images.shape)}')
+    if images.shape[1:] != (3, PX, PX):
+        raise ValueError(f'checker: expected images (B, 3, {PX}, {PX}), found {tuple(images.shape)}')
     images = images.float().cpu().clamp(0, 1)
     labels, out = regions(hues(images)), []
     for im, lab in zip(images, labels):
@@ -110,23 +117,26 @@ def read(images:torch.Tensor # Pictures `(B, 3, 64, 64)`, float in [0, 1]
         out.append(found)
     return out
 
-# %% ../../nbs/3_worlds/21_checker.ipynb #c19f1386
+# %% ../../nbs/3_worlds/21_checker.ipynb #60c5ffff
 def _grow(m, k): return F.max_pool2d(m.float()[None, None], 2*k+1, 1, k)[0, 0] > 0
 
-def related(a, b, # Found objects: (`Thing`, mask)
+def related(a:tuple, # Found object: (`Thing`, mask)
+            b:tuple, # Another one
             rel:str # One of the relations of `shapes`
            )->bool:
     "Whether `a` stands in relation `rel` to `b`"
     (a, ma), (b, mb) = a, b
     dx, dy = b.x-a.x, b.y-a.y
     if rel in SPATIAL:
-        main, side = {'to the left of': (dx, dy), 'to the right of': (-dx, dy), 'above': (dy, dx), 'below': (-dy, dx)}[rel]
+        sides = {'to the left of': (dx, dy), 'to the right of': (-dx, dy),
+                 'above': (dy, dx), 'below': (-dy, dx)}
+        main, side = sides[rel]
         return main > abs(side) and main > 4
     if rel == 'touching': return bool((_grow(ma, 2) & mb).any()) and not related((a, ma), (b, mb), 'inside')
     if rel == 'inside': return a.r < b.r and bool((ma & ~mb).sum() < .1*ma.sum())
     return a.r > 1.1*b.r if rel == 'bigger than' else b.r > 1.1*a.r
 
-# %% ../../nbs/3_worlds/21_checker.ipynb #9ac4d006
+# %% ../../nbs/3_worlds/21_checker.ipynb #77e76097
 def _holds(o, want): return [o is not None and getattr(o[0], k) == v for k, v in want.stated().items()]
 
 def judge(found:list, # Objects of one picture, from `read`
@@ -147,12 +157,13 @@ def check(images:torch.Tensor, # Pictures `(B, 3, 64, 64)`, float in [0, 1]
           prompts:list # Their captions
          )->torch.Tensor: # Scores `(B,)` in [0, 1]
     "The exact score of pictures for captions of the Shapes grammar"
-    if len(images) != len(prompts): raise ValueError(f'checker: {len(images)} images but {len(prompts)} prompts')
+    if len(images) != len(prompts):
+        raise ValueError(f'checker: {len(images)} images but {len(prompts)} prompts')
     specs = [parse(p) for p in prompts]
     return torch.tensor([judge(f, s) for f, s in zip(read(images), specs)])
 
-# %% ../../nbs/3_worlds/21_checker.ipynb #16635788
-def by_category(scores, # Scores `(B,)`
+# %% ../../nbs/3_worlds/21_checker.ipynb #925eabcd
+def by_category(scores:torch.Tensor, # Scores `(B,)`
                 prompts:list # Their captions
                )->dict: # Category → tensor of its scores
     "Split scores by category of their caption"

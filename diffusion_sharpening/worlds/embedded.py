@@ -5,27 +5,29 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'data_dir', 'weights', 'model_path']
 
-# %% ../../nbs/3_worlds/24_embedded.ipynb #efb79011
-import os
+# %% ../../nbs/3_worlds/24_embedded.ipynb #9ef67bee
+import os, diffusion_sharpening
 from pathlib import Path
 
-# %% ../../nbs/3_worlds/24_embedded.ipynb #c5d0ea7a
+# %% ../../nbs/3_worlds/24_embedded.ipynb #84a366b7
 EMBEDDED = dict(shapes='shapes-sdxl')  # Names of embedded models, and their folders in `data/`
 
 def data_dir()->Path: # ValueError if there is none
     "The folder with the embedded weights"
-    d = Path(os.environ.get('DIFFUSION_SHARPENING_DATA') or Path(__file__).resolve().parents[2]/'data')
-    if not d.is_dir(): raise ValueError(f'embedded weights: expected the folder {d}; install from a clone of the repository '
-                                        'or set DIFFUSION_SHARPENING_DATA to its data folder')
+    beside = Path(diffusion_sharpening.__file__).resolve().parents[1]/'data'
+    d = Path(os.environ.get('DIFFUSION_SHARPENING_DATA') or beside)
+    if not d.is_dir():
+        raise ValueError(f'embedded weights: expected the folder {d}; install from a clone of the repository '
+                         'or set DIFFUSION_SHARPENING_DATA to its data folder')
     return d
 
 def weights(name:str # A folder in `data/`, e.g. `shapes-clip`
            )->Path: # ValueError names what is there
     "The folder of embedded weights called `name`"
-    d = data_dir()/name
+    data = data_dir(); d = data/name
     if not d.is_dir():
-        there = ', '.join(sorted(p.name for p in data_dir().iterdir() if p.is_dir()))
-        raise ValueError(f'embedded weights: no folder {name!r} in {data_dir()}; there are: {there or "none"}')
+        there = ', '.join(sorted(p.name for p in data.iterdir() if p.is_dir())) or 'none'
+        raise ValueError(f'embedded weights: no folder {name!r} in {data}; there are: {there}')
     return d
 
 def model_path(name:str # `shapes`, a folder, or a name on the Hugging Face Hub

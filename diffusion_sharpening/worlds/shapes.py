@@ -7,29 +7,31 @@ __all__ = ['COLOURS', 'SHAPES', 'TEXTURES', 'SIZES', 'SPATIAL', 'NON_SPATIAL', '
            'Thing', 'Spec', 'parse', 'category', 'held_out', 'caption', 'prompts', 'outline', 'mask', 'scene', 'fill',
            'render', 'picture', 'dataset']
 
-# %% ../../nbs/3_worlds/20_shapes.ipynb #89a22266
+# %% ../../nbs/3_worlds/20_shapes.ipynb #cdf8f3a5
 import math, random, re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 import numpy as np, torch
 from PIL import Image, ImageDraw
 
-# %% ../../nbs/3_worlds/20_shapes.ipynb #5be8f79b
-COLOURS = dict(red=(224,40,48), yellow=(246,198,28), green=(40,160,72), cyan=(36,190,214), blue=(44,84,216), purple=(156,60,196))
+# %% ../../nbs/3_worlds/20_shapes.ipynb #f3302db1
+COLOURS = dict(red=(224,40,48), yellow=(246,198,28), green=(40,160,72),
+               cyan=(36,190,214), blue=(44,84,216), purple=(156,60,196))
 SHAPES = 'circle square triangle star heart cross'.split()
 TEXTURES = 'plain striped dotted checkered'.split()
 SIZES = dict(small=(8.5, 10.), large=(12., 13.5))  # range of the radius in pixels of a 64-pixel picture
 SPATIAL = ['to the left of', 'to the right of', 'above', 'below']
 NON_SPATIAL = ['inside', 'touching', 'bigger than', 'smaller than']
 CATEGORIES = 'colour shape texture spatial non-spatial complex'.split()
-HELD_OUT = {('red','star'), ('yellow','cross'), ('green','heart'), ('cyan','square'), ('blue','triangle'), ('purple','circle'),
+HELD_OUT = {('red','star'), ('yellow','cross'), ('green','heart'),
+            ('cyan','square'), ('blue','triangle'), ('purple','circle'),
             ('striped','heart'), ('dotted','cross'), ('checkered','star')}
 PX = 64
 
-# %% ../../nbs/3_worlds/20_shapes.ipynb #8b58f8aa
+# %% ../../nbs/3_worlds/20_shapes.ipynb #d5e212ec
 @dataclass(frozen=True)
 class Thing:
-    "One object: outline, hue, fill and size; `None` where a caption leaves it open; centre and radius in pixels once placed"
+    "One object. `None` where a caption leaves it open; centre and radius in pixels once placed"
     shape: str|None = None
     colour: str|None = None
     texture: str|None = None
@@ -38,8 +40,11 @@ class Thing:
     y: float = 0.
     r: float = 0.
 
-    def __str__(self): return ' '.join(['a'] + [w for w in (self.size, self.texture, self.colour, self.shape) if w])
-    def stated(self): return {k: getattr(self, k) for k in ('shape', 'colour', 'texture', 'size') if getattr(self, k)}
+    def __str__(self):
+        return ' '.join(['a'] + [w for w in (self.size, self.texture, self.colour, self.shape) if w])
+    def stated(self):
+        "The attributes that are not left open"
+        return {k: v for k in ('shape', 'colour', 'texture', 'size') if (v := getattr(self, k))}
 
 @dataclass(frozen=True)
 class Spec:
@@ -52,19 +57,22 @@ class Spec:
         if self.relation: return f'{a[0]} {self.relation} {a[1]}'
         return a[0] if len(a) == 1 else f"{', '.join(a[:-1])} and {a[-1]}"
 
-# %% ../../nbs/3_worlds/20_shapes.ipynb #22f01922
-_WORDS = {**{w: 'size' for w in SIZES}, **{w: 'texture' for w in TEXTURES}, **{w: 'colour' for w in COLOURS}, **{w: 'shape' for w in SHAPES}}
+# %% ../../nbs/3_worlds/20_shapes.ipynb #61c2e8bf
+_WORDS = dict.fromkeys(SIZES, 'size') | dict.fromkeys(TEXTURES, 'texture')
+_WORDS |= dict.fromkeys(COLOURS, 'colour') | dict.fromkeys(SHAPES, 'shape')
 _RELATION = re.compile(r' (' + '|'.join(SPATIAL + NON_SPATIAL) + r') ')
 
 def _thing(phrase, text):
-    words = phrase.split()
-    if not words or words[0] not in ('a', 'an', 'the'): raise ValueError(f"shapes caption {text!r}: expected 'a …' at {phrase!r}")
+    words, here = phrase.split(), f'shapes caption {text!r}'
+    if not words or words[0] not in ('a', 'an', 'the'):
+        raise ValueError(f"{here}: expected 'a …' at {phrase!r}")
     for w in words[1:]:
         if w in _WORDS: continue
         near = get_close_matches(w, _WORDS, 1)
-        raise ValueError(f"shapes caption {text!r}: unknown word {w!r}" + (f", did you mean {near[0]!r}?" if near else ''))
+        hint = f", did you mean {near[0]!r}?" if near else ''
+        raise ValueError(f'{here}: unknown word {w!r}{hint}')
     o = Thing(**{_WORDS[w]: w for w in words[1:]})
-    if not o.shape: raise ValueError(f"shapes caption {text!r}: {phrase!r} names no shape (one of {', '.join(SHAPES)})")
+    if not o.shape: raise ValueError(f"{here}: {phrase!r} names no shape (one of {', '.join(SHAPES)})")
     return o
 
 def parse(text:str # A caption of the Shapes grammar
@@ -73,19 +81,21 @@ def parse(text:str # A caption of the Shapes grammar
     t = text.strip().lower().rstrip('.')
     m = _RELATION.search(t)
     parts = [t[:m.start()], t[m.end():]] if m else re.split(r', | and ', t)
-    if not 1 <= len(parts) <= 3: raise ValueError(f'shapes caption {text!r}: expected one to three things, found {len(parts)}')
+    if not 1 <= len(parts) <= 3:
+        raise ValueError(f'shapes caption {text!r}: expected one to three things, found {len(parts)}')
     return Spec(tuple(_thing(p, text) for p in parts), m.group(1) if m else None)
 
-# %% ../../nbs/3_worlds/20_shapes.ipynb #3bce3d3f
+# %% ../../nbs/3_worlds/20_shapes.ipynb #d34bdeba
 def category(text:str # A caption of the Shapes grammar
             )->str: # One of `CATEGORIES`
     "The T2I-CompBench category a caption belongs to"
     s = parse(text)
     kinds = {k for o in s.things for k in o.stated()} - {'shape'}
-    if s.relation: return 'complex' if kinds - {'colour'} else 'spatial' if s.relation in SPATIAL else 'non-spatial'
+    if s.relation and kinds - {'colour'}: return 'complex'
+    if s.relation: return 'spatial' if s.relation in SPATIAL else 'non-spatial'
     return 'complex' if len(kinds) > 1 or 'size' in kinds else kinds.pop() if kinds else 'shape'
 
-# %% ../../nbs/3_worlds/20_shapes.ipynb #c4b931fe
+# %% ../../nbs/3_worlds/20_shapes.ipynb #13903ce2
 def _pairs(o): return {(o.colour, o.shape), (o.texture, o.shape)}
 
 def held_out(text:str # A caption
@@ -96,7 +106,8 @@ def held_out(text:str # A caption
 def _draw_spec(rng, cat):
     two = rng.sample(SHAPES, 2) if cat in ('shape', 'spatial', 'non-spatial') else rng.choices(SHAPES, k=2)
     cols, tex = rng.sample(list(COLOURS), 3), rng.sample(TEXTURES, 2)
-    if cat == 'shape': return Spec(tuple(Thing(s) for s in (rng.sample(SHAPES, 3) if rng.random() < .25 else two)))
+    if cat == 'shape':
+        return Spec(tuple(Thing(s) for s in (rng.sample(SHAPES, 3) if rng.random() < .25 else two)))
     if cat == 'colour': return Spec(tuple(Thing(s, c) for s, c in zip(two, cols)))
     if cat == 'texture': return Spec(tuple(Thing(s, texture=t) for s, t in zip(two, tex)))
     if cat == 'complex': return _draw_complex(rng, cols)
@@ -108,20 +119,23 @@ def _draw_spec(rng, cat):
 def _draw_complex(rng, cols):
     some = lambda v: v if rng.random() < .6 else None
     rel = rng.choice(SPATIAL + ['inside', 'touching', None, None])
-    things = [Thing(rng.choice(SHAPES), c, some(rng.choice(TEXTURES)), some(rng.choice(list(SIZES))) if rel != 'inside' else None)
+    things = [Thing(rng.choice(SHAPES), c, some(rng.choice(TEXTURES)),
+                    some(rng.choice(list(SIZES))) if rel != 'inside' else None)
               for c in (cols if rel is None else cols[:2])]
     if rel is None: things = [replace(o, size=None) for o in things]
     if rel == 'inside': things[1] = replace(things[1], shape=rng.choice(['circle', 'square']))
     return Spec(tuple(things), rel)
 
-# %% ../../nbs/3_worlds/20_shapes.ipynb #857276ed
+# %% ../../nbs/3_worlds/20_shapes.ipynb #5132f327
 def caption(rng:random.Random, # Source of chance
             cat:str, # One of `CATEGORIES`
             split:str='train' # `train` or `heldout`
            )->str:
     "Draw one caption of a category and split"
-    if cat not in CATEGORIES: raise ValueError(f"unknown category {cat!r}: expected one of {', '.join(CATEGORIES)}")
-    if split not in ('train', 'heldout'): raise ValueError(f"unknown split {split!r}: expected 'train' or 'heldout'")
+    if cat not in CATEGORIES:
+        raise ValueError(f"unknown category {cat!r}: expected one of {', '.join(CATEGORIES)}")
+    if split not in ('train', 'heldout'):
+        raise ValueError(f"unknown split {split!r}: expected 'train' or 'heldout'")
     while True:
         text = str(_draw_spec(rng, cat))
         if category(text) == cat and held_out(text) == (split == 'heldout'): return text
@@ -135,7 +149,7 @@ def prompts(n:int, # How many
     rng = random.Random(f'{split}-{seed}')
     return [caption(rng, CATEGORIES[i % 6], split) for i in range(n)]
 
-# %% ../../nbs/3_worlds/20_shapes.ipynb #418f5991
+# %% ../../nbs/3_worlds/20_shapes.ipynb #2d1f0571
 def _fill(rng, spec, split):
     used = {o.colour for o in spec.things if o.colour}
     sizes = {'bigger than': ('large', 'small'), 'smaller than': ('small', 'large')}.get(spec.relation)
@@ -146,12 +160,14 @@ def _fill(rng, spec, split):
         col = o.colour or rng.choice(free); used.add(col)
         large = .75 if o.texture not in (None, 'plain') else .5      # a stated texture deserves room
         size = sizes[i] if sizes else o.size or ('small' if rng.random() > large else 'large')
-        tex = o.texture or ('plain' if size == 'small' else rng.choice([t for t in TEXTURES if ok(t)] + ['plain']*2))
+        fits = [t for t in TEXTURES if ok(t)] + ['plain']*2
+        tex = o.texture or ('plain' if size == 'small' else rng.choice(fits))
         out.append(replace(o, colour=col, texture=tex, size=size, r=rng.uniform(*SIZES[size])))
     if len(spec.things) == 3: out = [replace(o, r=rng.uniform(9.5, 11)) for o in out]
     if sizes: out = [replace(o, r=rng.uniform(14, 17)) if o.size == 'large' else o for o in out]
     if spec.relation == 'inside':
-        out = [replace(out[0], size='small', r=rng.uniform(7.5, 8.5)), replace(out[1], size='large', r=rng.uniform(18, 22))]
+        out = [replace(out[0], size='small', r=rng.uniform(7.5, 8.5)),
+               replace(out[1], size='large', r=rng.uniform(18, 22))]
     return out
 
 def _apart(a, b):
@@ -163,13 +179,15 @@ def _apart(a, b):
 def _related(a, b, rel):
     dx, dy = b.x-a.x, b.y-a.y
     if rel in SPATIAL:
-        main, side = {'to the left of': (dx, dy), 'to the right of': (-dx, dy), 'above': (dy, dx), 'below': (-dy, dx)}[rel]
+        sides = {'to the left of': (dx, dy), 'to the right of': (-dx, dy),
+                 'above': (dy, dx), 'below': (-dy, dx)}
+        main, side = sides[rel]
         return main > 1.6*abs(side) and main > 12
     return rel != 'inside' or math.hypot(dx, dy) < .9*b.r - 1.3*a.r + (b.shape == 'square')
 
 def _place(rng, o): return replace(o, x=rng.uniform(o.r+1, PX-o.r-1), y=rng.uniform(o.r+1, PX-o.r-1))
 
-# %% ../../nbs/3_worlds/20_shapes.ipynb #542a5bd0
+# %% ../../nbs/3_worlds/20_shapes.ipynb #aab461c2
 def _regular(n, turn, inner=None):
     k = n if inner is None else 2*n
     return [((1 if inner is None or i % 2 == 0 else inner)*math.sin(turn+2*math.pi*i/k),
@@ -177,12 +195,14 @@ def _regular(n, turn, inner=None):
 
 def _heart(n=60):
     ts = [2*math.pi*i/n for i in range(n)]
-    return [(math.sin(t)**3, -(13*math.cos(t)-5*math.cos(2*t)-2*math.cos(3*t)-math.cos(4*t))/15.5 - .12) for t in ts]
+    up = lambda t: 13*math.cos(t)-5*math.cos(2*t)-2*math.cos(3*t)-math.cos(4*t)
+    return [(math.sin(t)**3, -up(t)/15.5 - .12) for t in ts]
 
 _w = .36
 OUTLINES = dict(circle=_regular(48, 0), square=[(-.9,-.9), (.9,-.9), (.9,.9), (-.9,.9)],
                 triangle=[(0,-1), (1,.85), (-1,.85)], star=_regular(5, 0, .48), heart=_heart(),
-                cross=[(-_w,-1), (_w,-1), (_w,-_w), (1,-_w), (1,_w), (_w,_w), (_w,1), (-_w,1), (-_w,_w), (-1,_w), (-1,-_w), (-_w,-_w)])
+                cross=[(-_w,-1), (_w,-1), (_w,-_w), (1,-_w), (1,_w), (_w,_w),
+                       (_w,1), (-_w,1), (-_w,_w), (-1,_w), (-1,-_w), (-_w,-_w)])
 
 def outline(o:Thing # A placed thing
            )->np.ndarray: # Corner points `(k, 2)` in pixels
@@ -227,10 +247,11 @@ def scene(text:str, # A caption
 
 def _inside_frame(o): return max(abs(o.x-PX/2), abs(o.y-PX/2)) < PX/2-o.r-1
 
-# %% ../../nbs/3_worlds/20_shapes.ipynb #3fc9210c
+# %% ../../nbs/3_worlds/20_shapes.ipynb #75f3c443
 def fill(texture:str, # One of `TEXTURES`
-         x, y # Coordinates in pixels from the thing's centre
-        ): # Boolean: where the hue is darkened
+         x, # Pixels to the right of the thing's centre
+         y # Pixels below it; broadcasts with `x`
+        )->np.ndarray: # Boolean: where the hue is darkened
     "The pattern of a texture"
     if texture == 'plain': return np.zeros(np.broadcast(x, y).shape, bool)
     if texture == 'striped': return np.floor(y/4 + .5 + 0*x) % 2 == 1
@@ -250,7 +271,7 @@ def render(things:list, # Placed things, later ones in front
         im[m] = col*np.where(dark, .42, 1.)[m][:,None]
     return torch.from_numpy(im.reshape(PX, ss, PX, ss, 3).mean((1, 3))).permute(2, 0, 1)
 
-def picture(text:str, # A caption
+def picture(text:str, # A caption of the Shapes grammar
             seed:int=0, # Same seed, same picture
             split:str='train' # `train` never draws a held-out pair
            )->torch.Tensor: # `(3, 64, 64)`, float in [0, 1]
@@ -258,11 +279,11 @@ def picture(text:str, # A caption
     rng = random.Random(f'{seed}-{text}')
     return render(scene(text, rng, split), rng.uniform(.86, .98))
 
-# %% ../../nbs/3_worlds/20_shapes.ipynb #f798652e
+# %% ../../nbs/3_worlds/20_shapes.ipynb #d1214c8c
 def dataset(n:int, # How many pairs
             seed:int=0, # Same seed, same pairs
             singles:float=.1 # Share of captions cut to their first thing
-           ): # Pictures `(n, 3, 64, 64)` uint8 and captions
+           )->tuple: # Pictures `(n, 3, 64, 64)` uint8, and captions
     "Image-caption pairs of the training split"
     rng = random.Random(f'dataset-{seed}')
     texts = [caption(rng, CATEGORIES[i % 6]) for i in range(n)]

@@ -150,9 +150,10 @@ def main():
     add_contents(made[Path('index.ipynb')], pages.values())
     for page, nb in made.items():
         link_cells(nb, page, pages, anchors)
+        for c in nb.cells: c.source = c.source.replace('../figures/', 'figures/')  # the site has them one level up
         (site/page).parent.mkdir(parents=True, exist_ok=True)
         write_nb(nb, site/page)
-    if (nbs/'figures').exists(): shutil.copytree(nbs/'figures', site/'figures')
+    if (root/'figures').exists(): shutil.copytree(root/'figures', site/'figures')
     (site/'_static').mkdir()
     katex(site/'_static'/'katex')
     for name in ['conf.py', 'sphinx_site.py', '_static/site.css', '_static/math.js']:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """README.md from nbs/index.ipynb, without Quarto: text as it is, code and its output as blocks, links as seen
 from the top of the repository. Brings the list of notebooks in index.ipynb up to date first."""
-import re, sys
+import os, re, sys
 from pathlib import Path
 from execnb.nbio import read_nb, write_nb
 
@@ -46,7 +46,7 @@ def relocate(text):
     def fix(m):
         path = m[2].partition('#')[0]
         if not (nbs/path).exists(): sys.exit(f"index.ipynb refers to {path}: there is no such file in nbs")
-        return f'{m[1]}nbs/{m[2]}{m[3]}'
+        return f"{m[1]}{os.path.normpath(f'nbs/{m[2]}')}{m[3]}"
     text = re.sub(r'(\]\()(?!\w+:|#)([^)\s]+)(\))', fix, text)
     return re.sub(r'(<img[^>]*src=")(?!\w+:)([^"]+)(")', fix, text)
 
@@ -57,7 +57,7 @@ def cell_text(c):
     res = [] if re.search(r'^#\|\s*echo:\s*false', c.source, re.M) else [f'```python\n{c.source}\n```']
     for o in c.outputs:
         data = o.get('data', {})
-        if 'image/png' in data: sys.exit("index.ipynb has a picture as output: save it in nbs/figures")
+        if 'image/png' in data: sys.exit("index.ipynb has a picture as output: save it in figures")
         text = ''.join(data.get('text/markdown') or o.get('text') or data.get('text/plain') or '').rstrip()
         if 'text/markdown' in data: res.append(relocate(text))
         elif text: res.append(f'```\n{text}\n```')

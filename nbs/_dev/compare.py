@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""Train presets of SFT and RLHF at equal wall time over several seeds, and gather the changes on held-out prompts.
+
+`python nbs/_dev/compare.py --seconds 150 --seeds 3` trains what is not there yet in runs/compare, then writes data/results/comparison.json."""
+import argparse, json
+from pathlib import Path
+import torch
+from diffusion_sharpening import jobs
+
+root = Path(__file__).resolve().parents[2]
+SETUPS = dict(sft=['plain', 'paper', 'released', 'sde', 'sample'], rlhf=['paper', 'released', 'sde', 'sample', 'contrast'])
+
+def one(method, preset, seed, seconds, folder, lr):
+    "Train once, unless its report is there"
+    out = folder/f'{method}-{preset}-{seed}'
+    if not (out/'report.json').exists():
+        jobs.train(method, preset=preset, out=str(out), seed=seed, seconds=seconds, steps=10**6, lr=lr)
+    return json.loads((out/'report.json').read_text())
+
+def pooled(reps, pick):
+    "Mean over seeds of a paired change, with the interval of the mean over seeds and prompts"
+    xs = [pick(r) for r in reps]; mean = sum(x['mean'] for x in xs)/len(xs)
+    var = sum(((x['high']-x['low'])/3.92)**2 for x in xs)/len(xs)**2
+    between = torch.tensor([x['mean'] for x in xs]).var().item()/len(xs) if len(xs) > 1 else 0.
+    half = 1.96*max(var, between)**.5
+    return dict(mean=mean, low=mean-half, high=mean+half)
+
+def row(method, preset, reps):
+    return dict(method=method, preset=preset, seeds=[r['seed'] for r in reps], seconds=[r['seconds'] for r in reps],
+                checker=pooled(reps, lambda r: r['delta']['checker']['overall']), reward=pooled(reps, lambda r: r['delta']['reward']),
+                image_stats={k: sum(r['delta']['image_stats'][k] for r in reps)/len(reps) for k in reps[0]['delta']['image_stats']},
+                batches=[r['batches'] for r in reps], lr=reps[0]['settings']['run']['lr'])
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--seconds', type=float, default=150); p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--only', nargs='*', help='method-preset, e.g. rlhf-contrast'); p.add_argument('--lr', type=float, default=3e-4)
+    a = p.parse_args(); folder = root/'runs'/'compare'; rows = []
+    for method, presets in SETUPS.items():
+        for preset in presets:
+            if a.only and f'{method}-{preset}' not in a.only: continue
+            reps = [one(method, preset, s, a.seconds, folder, a.lr) for s in range(a.seeds)]
+            rows.append(row(method, preset, reps)); print(json.dumps(rows[-1]))
+    out = root/'data'/'results'/'comparison.json'; out.parent.mkdir(parents=True, exist_ok=True)
+    cmd = f'python nbs/_dev/compare.py --seconds {a.seconds:g} --seeds {a.seeds} --lr {a.lr:g}' + (f" --only {' '.join(a.only)}" if a.only else '')
+    out.write_text(json.dumps(dict(command=cmd, heldout_prompts=reps[0]['heldout_prompts'], rows=rows, **jobs.provenance()), indent=1)+'\n')
+
+if __name__ == '__main__': main()

@@ -1,0 +1,313 @@
+"The commands: what they write, and that wrong input is one clear line, exit code 2 and nothing written"
+import json, os, subprocess, sys
+from pathlib import Path
+
+import pytest, torch
+
+from diffusion_sharpening import cli, jobs
+from diffusion_sharpening.rewards.base import Reward
+from diffusion_sharpening.tiny import tiny_sdxl
+from diffusion_sharpening.worlds.shapes import prompts
+
+torch.set_num_threads(1)
+small = ['n=2', 'm=1', 'S=2', 'batch=2', 'rank=2']                # settings under which a training takes a second
+keys = {'method', 'model', 'reward', 'seed', 'steps', 'seconds', 'before', 'after', 'delta',
+        'heldout_prompts', 'nfe_per_image', 'versions', 'git_commit'}
+
+
+@pytest.fixture(scope='module')
+def xl(tmp_path_factory):
+    "Folder of a tiny SDXL pipeline"
+    d = tmp_path_factory.mktemp('model')/'xl'
+    tiny_sdxl(d, words=' '.join(prompts(200)).split(), max_length=32)
+    return str(d)
+
+
+def strict(text):
+    "JSON without NaN and infinities, which other languages do not read"
+    def refuse(o): raise AssertionError(f'{o} in JSON')
+    return json.loads(text, parse_constant=refuse)
+
+
+def sharpen(*args):
+    "A real run of the console command"
+    code = 'from diffusion_sharpening.cli import main; main()'
+    return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True,
+                          env=dict(os.environ, OMP_NUM_THREADS='1'))
+
+
+def call(monkeypatch, *args):
+    "The exit code of the console command, run here"
+    monkeypatch.setattr(sys, 'argv', ['sharpen', *map(str, args)])
+    with pytest.raises(SystemExit) as e: cli.main()
+    return e.value.code
+
+
+def one_line(err, part):
+    assert err.startswith('sharpen: ') and err.endswith('\n') and err.count('\n') == 1, err
+    assert part in err
+
+
+def refused(monkeypatch, capsys, out, part, *args):
+    "Exit code 2, one line that holds `part`, and no folder `out`"
+    assert call(monkeypatch, *args) == 2
+    res = capsys.readouterr()
+    one_line(res.err, part)
+    assert not out.exists()
+    return res
+
+
+# What is refused. `{xl}`: a model, `{out}`: the output folder, `{tmp}`: a folder with the files below
+
+files = dict(empty='', blank='\n  \n', three='a red circle\na blue square\na green star\n', broken='{"n": 3',
+             array='[1, 2]', wrong='{"betta": 1}')
+train = ('train rlhf --model {xl} --reward checker! --heldout 2 --S-eval 1 --steps 1 --out {out} '
+         '--set n=2 m=1 S=2 batch=2 rank=2')
+bad = {
+    'no such command': ('trian rlhf', "Did you mean 'train'"),
+    'no method named': ('train', 'method'),
+    'no such option': ('train rlhf --outt {out}', '--outt'),
+    'steps not a number': ('train rlhf --steps many --out {out}', '--steps'),
+    'no such method': (train.replace('rlhf', 'rlfh'), "Did you mean 'rlhf'"),
+    'no such preset': (train + ' --preset papr', "Did you mean 'paper'"),
+    'no such reward': (train.replace('checker!', 'clpi'), "Did you mean 'clip'"),
+    'the exam as reward': (train.replace('checker!', 'checker'), 'exam'),
+    'no reward': (train.replace('checker!', ','), 'reward'),
+    'no such setting': (train + ' --set betta=1', "Did you mean 'beta'"),
+    'setting without value': (train + ' --set beta', 'key=value'),
+    'no such model': (train.replace('{xl}', '{tmp}/nothing'), 'model: expected a folder or'),
+    'a folder, but no model': (train.replace('{xl}', '{tmp}'), 'model_index.json'),
+    'no such prompts': (train + ' --prompts {tmp}/nothing', 'prompts: expected'),
+    'empty prompts': (train + ' --prompts {tmp}/empty', 'no prompt'),
+    'blank prompts': (train + ' --prompts {tmp}/blank', 'no prompt'),
+    'no candidates': (train + ' --set n=0', 'n: expected at least'),
+    'one candidate': (train + ' --set n=1', 'at least 2 candidates'),
+    'no prompts per batch': (train + ' --set batch=0', 'batch: expected at least 1'),
+    'negative steps': (train + ' --steps -1', 'steps: expected at least 0'),
+    'negative heldout': (train + ' --heldout -1', 'heldout'),
+    'no steps in the evaluation': (train + ' --S-eval 0', 'step'),
+    'a word for a number': (train + ' --set n=two', 'n'),
+    'half a step': (train + ' --set steps=1.5', 'steps'),
+    'NaN for a number': (train + ' --set batch=NaN', 'batch'),
+    'Python for JSON': (train + ' --set bptt=False', 'bptt'),
+    'no such config': (train + ' --config {tmp}/nothing', 'config: '),
+    'broken config': (train + ' --config {tmp}/broken', 'config: '),
+    'config that is a list': (train + ' --config {tmp}/array', 'expected an object'),
+    'no such setting in config': (train + ' --config {tmp}/wrong', "Did you mean 'beta'"),
+    'pictures that are not there': (train.replace('rlhf', 'sft'), 'pictures'),
+    'no pictures to make': ('sample --model {xl} --out {out} --n 0', 'n: expected'),
+    'no sampler steps': ('sample --model {xl} --out {out} --S 0', 'S: expected'),
+    'guidance below one': ('sample --model {xl} --out {out} --guidance .5', 'guidance: expected'),
+    'sample of an empty file': ('sample --model {xl} --out {out} --prompts {tmp}/empty', 'no prompt'),
+    'no such LoRA': ('sample --model {xl} --out {out} --n 1 --S 1 --lora {tmp}/nothing', 'LoRA: expected'),
+    'a folder without LoRA': ('evaluate --model {xl} --reward checker --n 1 --lora {tmp}', 'LoRA: expected'),
+    'nothing to evaluate': ('evaluate --model {xl} --reward checker --n 0', 'n: expected'),
+    'no steps to evaluate': ('evaluate --model {xl} --reward checker --n 2 --S 0', 'step')}
+
+
+@pytest.mark.parametrize('args, part', bad.values(), ids=bad)
+def test_bad_input(xl, tmp_path, monkeypatch, capsys, args, part):
+    for k, v in files.items(): (tmp_path/k).write_text(v)
+    out = tmp_path/'runs'/'out'
+    refused(monkeypatch, capsys, out, part, *[o.format(xl=xl, out=out, tmp=tmp_path) for o in args.split()])
+    assert {o.name for o in tmp_path.iterdir()} == set(files)
+
+
+@pytest.mark.parametrize('below', ['', 'deeper'])
+@pytest.mark.parametrize('command', ['train rlhf --reward checker!', 'sample --n 1 --S 1'])
+def test_out_is_a_file(xl, tmp_path, monkeypatch, capsys, command, below):
+    file = tmp_path/'out'
+    file.write_text('mine')
+    assert call(monkeypatch, *command.split(), '--model', xl, '--out', file/below) == 2
+    one_line(capsys.readouterr().err, 'out: ')
+    assert file.read_text() == 'mine'
+
+
+class Flawed(Reward):
+    "Right for the first `good` calls, then wrong in one way"
+    name = 'flawed'
+    def __init__(self, kind, good=0): self.kind, self.good, self.calls = kind, good, 0
+    def score(self, images, prompts):
+        self.calls += 1
+        s = images.mean((1, 2, 3))
+        if self.calls <= self.good: return s
+        if self.kind == 'nan': s[-1] = float('nan')
+        flaws = dict(nan=s, inf=s/0, short=s[:-1], long=torch.cat([s, s]), scalar=s.mean(), none=s[:0])
+        return flaws[self.kind]
+
+
+def flawed(monkeypatch, *args): monkeypatch.setattr(jobs, 'load_reward', lambda *a, **k: Flawed(*args))
+
+
+@pytest.mark.parametrize('heldout', [0, 2])
+@pytest.mark.parametrize('kind', ['nan', 'inf', 'short', 'long', 'scalar', 'none'])
+def test_flawed_reward(xl, tmp_path, monkeypatch, capsys, kind, heldout):
+    "Found before anything is written; the name of the reward is in the message"
+    (tmp_path/'three').write_text(files['three'])
+    flawed(monkeypatch, kind)
+    args = ['--model', xl, '--out', tmp_path/'out', '--heldout', heldout, '--S-eval', 1, '--steps', 1]
+    assert call(monkeypatch, 'train', 'rlhf', *args, '--prompts', tmp_path/'three', '--set', *small) == 2
+    err = capsys.readouterr().err
+    one_line(err if heldout else err.splitlines(True)[-1], 'flawed: ')  # after the bar, if training began
+    assert not (tmp_path/'out').exists()
+
+
+def test_reward_that_breaks_later(xl, tmp_path, monkeypatch, capsys):
+    "The log of what was done stays, without report or weights; the message has its own line"
+    flawed(monkeypatch, 'nan', 2)
+    args = ['--model', xl, '--out', tmp_path/'out', '--heldout', 0, '--steps', 5, '--set', *small]
+    assert call(monkeypatch, 'train', 'rlhf', *args) == 2
+    one_line(capsys.readouterr().err.splitlines(True)[-1], 'flawed: ')
+    assert [o.name for o in (tmp_path/'out').iterdir()] == ['metrics.jsonl']
+    assert len((tmp_path/'out/metrics.jsonl').read_text().splitlines()) == 2
+
+
+# What comes out
+
+def test_methods_and_rewards_are_json(capsys):
+    assert cli.run(['methods', '--json']) == 0
+    found = {m['name']: m for m in strict(capsys.readouterr().out)}
+    assert {'sft', 'rlhf'} <= set(found)
+    for m in found.values():
+        assert {'paper', 'released', 'default'} <= set(m['presets'])
+        assert m['about'] and all(o['about'] for o in m['settings'])
+    assert cli.run(['rewards', '--json']) == 0
+    found = {r['name']: r for r in strict(capsys.readouterr().out)}
+    for r in found.values(): assert r['needs'] and isinstance(r['usable'], bool) and (r['usable'] or r['how'])
+    assert found['checker']['usable']
+
+
+def test_help_and_lists_for_people(capsys):
+    for args in ([], ['--help'], ['methods'], ['rewards']): assert cli.run(args) == 0
+    assert all(c in capsys.readouterr().out for c in cli.COMMANDS)
+    for c in cli.COMMANDS:
+        with pytest.raises(SystemExit) as e: cli.run([c, '--help'])
+        assert e.value.code == 0 and '--' in capsys.readouterr().out
+
+
+def interval(o): return o['low'] <= o['mean'] <= o['high']
+
+
+def check_report(rep):
+    assert keys <= set(rep)
+    for side in ('before', 'after', 'delta'):
+        assert interval(rep[side]['reward']) and rep[side]['image_stats']
+        exam = rep[side]['checker']
+        assert len(exam) == 7 and 'overall' in exam and all(map(interval, exam.values()))
+    for part in ('reward', 'checker'):
+        b, a, d = (rep[s][part] for s in ('before', 'after', 'delta'))
+        if part == 'checker': b, a, d = (o['overall'] for o in (b, a, d))
+        assert d['mean'] == pytest.approx(a['mean'] - b['mean'], abs=1e-6)
+    assert rep['nfe_per_image']['before'] == rep['nfe_per_image']['after'] > 0
+    assert rep['versions']['torch'] == torch.__version__ and rep['seconds'] > 0
+
+
+@pytest.fixture(scope='module')
+def trained(xl, tmp_path_factory):
+    "A whole training as a user starts it: settings from the file, some of them changed on the line"
+    tmp = tmp_path_factory.mktemp('trained')
+    (tmp/'config.json').write_text('{"n": 3, "m": 1, "S": 2, "batch": 2}')
+    res = sharpen('train', 'rlhf', '--model', xl, '--reward', 'checker!', '--prompts', 'shapes',
+                  '--heldout', 12, '--S-eval', 2, '--steps', 2, '--out', tmp/'out', '--config', tmp/'config.json',
+                  '--set', 'n=2', '--set', 'rank=2', 'seed=5')
+    assert res.returncode == 0, res.stderr
+    return tmp/'out', res
+
+
+def test_train_writes_a_report(trained, xl):
+    out, res = trained
+    rep = strict((out/'report.json').read_text())
+    check_report(rep)
+    assert (rep['method'], rep['model'], rep['reward']) == ('rlhf', xl, 'checker!')
+    assert (rep['seed'], rep['steps'], rep['heldout_prompts']) == (5, 2, 12)
+    made = rep['settings']['run'] | rep['settings']['method']
+    assert [made[k] for k in ('n', 'S', 'batch', 'rank')] == [2, 2, 2, 2]
+    files = 'pytorch_lora_weights.safetensors', 'metrics.jsonl', 'reward_curve.png', 'before_after.png'
+    assert all((out/o).stat().st_size for o in files)
+    assert [strict(o)['step'] for o in (out/'metrics.jsonl').read_text().splitlines()] == [1, 2]
+
+
+def test_train_is_quiet(trained):
+    "A progress bar on stderr and nothing else; a table on stdout"
+    _, res = trained
+    lines = [o for o in res.stderr.replace('\r', '\n').splitlines() if o.strip()]
+    assert lines and all(o.startswith('sharpening: ') for o in lines), res.stderr
+    assert '12 held-out prompts' in res.stdout and 'checker, overall' in res.stdout
+
+
+def test_git_commit(trained):
+    root = Path(__file__).parents[1]
+    git = subprocess.run(['git', '-C', root, 'rev-parse', 'HEAD'], capture_output=True, text=True)
+    assert json.loads((trained[0]/'report.json').read_text())['git_commit'] == (git.stdout.strip() or None)
+
+
+def test_sample_and_evaluate_with_lora(trained, xl, tmp_path, capsys):
+    out = tmp_path/'pictures'
+    model = ['--model', xl, '--lora', str(trained[0])]
+    assert cli.run(['sample', *model, '--out', str(out), '--n', '3', '--S', '2']) == 0
+    assert sorted(o.stem for o in out.iterdir()) == ['0000', '0001', '0002', 'grid', 'prompts']
+    assert capsys.readouterr().out.strip() == f'{out}/grid.png'
+    assert cli.run(['evaluate', *model, '--reward', 'checker', '--n', '12', '--S', '2', '--json']) == 0
+    rep, after = strict(capsys.readouterr().out), json.loads((trained[0]/'report.json').read_text())['after']
+    assert rep['heldout_prompts'] == 12
+    assert rep['checker']['overall'] == pytest.approx(after['checker']['overall'], abs=1e-3)
+
+
+def test_few_prompts_are_strict_json(xl, capsys):
+    "One prompt has no interval; what is written is still JSON, and what is printed is still a table"
+    args = ['evaluate', '--model', xl, '--reward', 'checker', '--n', '1', '--S', '1']
+    assert cli.run(args + ['--json']) == 0
+    strict(capsys.readouterr().out)
+    assert cli.run(args) == 0
+
+
+@pytest.mark.parametrize('name', ['first', 'flawed:2'])
+def test_reward_spec_need_not_be_its_name(xl, tmp_path, monkeypatch, name):
+    "Prompts that no checker reads, a reward asked for with weights: report and pictures are made"
+    (tmp_path/'plain').write_text('something else\nand more\n')
+    flawed(monkeypatch, 'nan', 99)
+    rep = jobs.train('rlhf', xl, name, str(tmp_path/'plain'), str(tmp_path/'out'), heldout=2, S_eval=1,
+                     steps=1, n=2, m=1, S=2, batch=2, rank=2)
+    assert 'checker' not in rep['after'] and interval(rep['delta']['reward'])
+    assert (tmp_path/'out/before_after.png').exists() and '2 held-out prompts' in jobs.table(rep)
+
+
+def test_steps_on_the_line_win(xl, tmp_path):
+    "An option that was typed is stronger than the file"
+    (tmp_path/'config.json').write_text('{"steps": 3, "S": 2, "m": 1, "n": 2, "batch": 2, "rank": 2}')
+    args = ['train', 'rlhf', '--model', xl, '--reward', 'checker!', '--heldout', '0',
+            '--config', str(tmp_path/'config.json')]
+    for extra, steps in ([], 3), (['--steps', '1'], 1):
+        assert cli.run([*args, '--out', str(tmp_path/f'{steps}'), *extra]) == 0
+        assert json.loads((tmp_path/f'{steps}/report.json').read_text())['steps'] == steps
+
+
+def test_every_weight_can_be_trained(xl, tmp_path):
+    "rank 0: the whole pipeline is saved, and loads by its folder"
+    jobs.train('rlhf', xl, 'checker!', out=str(tmp_path/'out'), heldout=0, steps=1, n=2, m=1, S=2, batch=2, rank=0)
+    assert jobs.load_model(str(tmp_path/'out/model')).sample('a red circle', S=1).isfinite().all()
+
+
+def test_refusal_in_a_real_process(xl, tmp_path):
+    "Nothing but the one line, also from the libraries below"
+    res = sharpen('sample', '--model', xl, '--out', tmp_path/'out', '--n', 1, '--S', 1, '--lora', tmp_path)
+    assert res.returncode == 2 and res.stdout == '' and not (tmp_path/'out').exists()
+    one_line(res.stderr, 'LoRA: expected a folder')
+
+
+# On the embedded model
+
+def test_embedded_rewards_are_usable(capsys):
+    assert cli.run(['rewards', '--json']) == 0
+    assert {r['name']: r['usable'] for r in json.loads(capsys.readouterr().out)}['clip']
+
+
+def test_embedded_model_trains_on_clip(tmp_path, monkeypatch):
+    "The main job in small: learned reward, exam beside it"
+    args = ['--heldout', 12, '--S-eval', 4, '--steps', 1, '--out', tmp_path/'out', '--set',
+            'batch=2', 'n=2', 'S=4']
+    for method in ('rlhf', 'sft'):
+        assert call(monkeypatch, 'train', method, *args) == 0
+        rep = strict((tmp_path/'out/report.json').read_text())
+        check_report(rep)
+        assert rep['nfe_per_image']['after'] == 4 and rep['reward'] == 'clip'

@@ -1,0 +1,291 @@
+"The loop on a real pipeline of small size: same seed, same weights; what is saved is what was trained"
+import json, math
+
+import pytest, torch
+from safetensors.torch import load_file
+
+diffusers = pytest.importorskip('diffusers')
+from diffusion_sharpening import jobs
+from diffusion_sharpening.lora import lora_file
+from diffusion_sharpening.losses import log_ratio, preference
+from diffusion_sharpening.methods.catalog import method
+from diffusion_sharpening.methods.sharpening import (Batch, candidates, configure, noise_targets, path_errors,
+                                                     path_mean, values)
+from diffusion_sharpening.models import Denoiser
+from diffusion_sharpening.path_integral import argmax, pair, pick, standardise
+from diffusion_sharpening.rewards.base import Reward
+from diffusion_sharpening.tiny import tiny_sdxl
+from diffusion_sharpening.training.loop import Callback, Run, prepare, settings, train
+from diffusion_sharpening.trajectories import START, branch, fold, noise, rollout
+
+torch.set_num_threads(1)
+jobs.quiet()
+PROMPTS = ['a red circle', 'a blue square', 'a green star']
+tiny = dict(steps=2, batch=2, rank=2, n=2, S=3)
+
+
+class Bright(Reward):
+    "Mean brightness: cheap, and never tied"
+    name = 'bright'
+    def score(self, images, prompts): return 100*images.mean((1, 2, 3))
+
+
+@pytest.fixture(scope='module')
+def xl(tmp_path_factory):
+    "Folder of a tiny SDXL pipeline"
+    d = tmp_path_factory.mktemp('model')/'xl'
+    tiny_sdxl(d, words=PROMPTS)
+    return str(d)
+
+
+def load(xl, **kwargs): return Denoiser.from_pretrained(xl, guidance=1., device='cpu', **kwargs)
+
+
+def fit(xl, name='rlhf', preset='default', **changes):
+    "A short training; the model and what the loop says"
+    d = load(xl)
+    run, cfg = settings(name, preset, **{**tiny, **changes})
+    images = noise(torch.arange(3), START, d.shape) if cfg.needs_images else None
+    return d, train(d, name, Bright(), PROMPTS, run, cfg, images)
+
+
+def policy(d): return {k: p.detach().clone() for k, p in d.policies.named['policy'].items()}
+def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def lesson_of(d, name, preset, **changes):
+    "Settings and the lesson of one batch, for a policy that still equals the reference"
+    run, cfg = settings(name, preset, **{'batch': 2, 'rank': 2, **changes})
+    prepare(d, run, method(name), cfg)
+    x0 = noise(torch.arange(2), START, d.shape) if cfg.needs_images else None
+    batch = Batch(PROMPTS[:2], d.encode(PROMPTS[:2]), fold(7, torch.arange(2)), x0)
+    return cfg, batch, method(name).collect(cfg, d, Bright(), batch)
+
+
+def jolt(d, scale=.1):
+    "Pretend to have trained"
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in d.policies.named['policy'].values(): p += scale*torch.randn(p.shape, generator=g)
+
+
+# Chance
+
+@pytest.mark.parametrize('name, preset', [('rlhf', 'default'), ('rlhf', 'paper'), ('sft', 'default')])
+def test_same_seed_same_weights(xl, name, preset):
+    "Bit for bit, whatever torch's own generator has been used for; another seed gives others"
+    short = {} if preset == 'default' and name == 'rlhf' else dict(m=2)
+    made = []
+    for state, seed in ((1, 0), (2, 0), (3, 1)):
+        torch.manual_seed(state)
+        d, s = fit(xl, name, preset, seed=seed, **short)
+        made.append((policy(d), s.history))
+    assert same(made[0][0], made[1][0]) and made[0][1] == made[1][1]
+    assert not same(made[0][0], made[2][0])
+
+
+def test_training_leaves_the_generator_alone(xl):
+    before = torch.random.get_rng_state()
+    fit(xl)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_callbacks_see_and_do_not_disturb(xl):
+    "A run with callbacks is the run without; they see every batch"
+    class Look(Callback):
+        def start(self, s): self.seen = []
+        def update(self, s): self.seen.append(s.log['step']); s.model.sample(PROMPTS[:1], S=1)
+    look, d = Look(), load(xl)
+    run, cfg = settings('rlhf', **tiny)
+    train(d, 'rlhf', Bright(), PROMPTS, run, cfg, callbacks=[look])
+    assert look.seen == [1, 2] and same(policy(d), policy(fit(xl)[0]))
+
+
+# A batch equals its parts
+
+@pytest.mark.parametrize('eta', [0., 1.])
+def test_candidates_together_equal_alone(xl, eta):
+    d = load(xl)
+    cond, seeds, ts = d.encode(PROMPTS[:2]), fold(torch.arange(2), torch.arange(4)[:, None]), d.grid(4)
+    def run(own):
+        start, _ = branch('sample', d.schedule, d.shape, None, own)
+        return rollout(d.predict, d.schedule, start, ts, cond, eta, own)
+    whole, parts = run(seeds), [run(seeds[i:i+1]) for i in range(4)]
+    for k in ('states', 'x0s', 'means'):
+        alone = torch.cat([getattr(p, k) for p in parts], 1)
+        torch.testing.assert_close(getattr(whole, k), alone, atol=1e-4, rtol=1e-4)
+    assert whole.nfe == sum(p.nfe for p in parts) == 4*2*4
+
+
+@pytest.mark.parametrize('kind, preset', [('sample', 'sample'), ('noise', 'paper'), ('sde', 'sde')])
+def test_more_candidates_keep_the_first(xl, kind, preset):
+    "The candidates of n = 2 are the first two of n = 4"
+    d, m = load(xl), method('rlhf')
+    batch = Batch(PROMPTS[:2], d.encode(PROMPTS[:2]), fold(7, torch.arange(2)))
+    cfgs = [configure(m.settings, m.presets, preset, n=n, S=4, m=2) for n in (2, 4)]
+    two, four = (candidates(cfg, d, batch).tr.end for cfg in cfgs)
+    torch.testing.assert_close(two, four[:2], atol=1e-4, rtol=1e-4)
+
+
+# The first step
+
+@pytest.mark.parametrize('preset', ['paper', 'sde', 'sample'])
+def test_loss_is_log_2_at_first(xl, preset):
+    "Policy and reference are the same network, so no preference is fulfilled or broken yet"
+    d = load(xl)
+    cfg, _, lesson = lesson_of(d, 'rlhf', preset, kind='dpo', S=4, m=2)
+    loss, log = method('rlhf').loss(cfg, d, lesson, 0)
+    assert lesson['use'].all() and loss.item() == pytest.approx(math.log(2), abs=1e-6) and log['margin'] == 0
+    loss.backward()
+    grads = [p.grad for p in d.trainable()]
+    assert all(g.isfinite().all() for g in grads) and any(g.abs().sum() > 0 for g in grads)
+
+
+@pytest.mark.parametrize('kind, first', [('odpo', torch.nn.functional.softplus), ('rebel', torch.square)])
+def test_loss_at_first_is_the_gap(xl, kind, first):
+    d = load(xl)
+    cfg, _, lesson = lesson_of(d, 'rlhf', 'paper', kind=kind, S=4, m=2)
+    loss, _ = method('rlhf').loss(cfg, d, lesson, 0)
+    torch.testing.assert_close(loss.detach(), first(lesson['gap']).mean(), atol=1e-6, rtol=1e-5)
+
+
+def test_contrast_has_not_moved_at_first(xl):
+    d = load(xl)
+    cfg, _, lesson = lesson_of(d, 'rlhf', 'contrast', n=2, S=3)
+    loss, log = method('rlhf').loss(cfg, d, lesson, 0)
+    assert log['moved'] == 0 and loss.isfinite()
+
+
+# Choose first, then learn: the gradient of everything kept in the graph
+
+def grads(d, loss):
+    for p in d.trainable(): p.grad = None
+    loss.backward()
+    return [p.grad.clone() for p in d.trainable()]
+
+
+def all_errors(cfg, d, batch, c):
+    "Errors along all candidates' paths, `(n, B)`, all with a graph"
+    x, ts, n = c.tr.states[:-1], c.tr.t, cfg.n
+    eps = noise_targets(cfg.target, d.schedule, x, ts, c.x0, c.eps)
+    errs = [path_errors(d, x[:, i], ts[:, i], batch.cond, eps[:, i]) for i in range(n)]
+    return torch.stack([path_mean(e, ts[:, i]) for i, e in enumerate(errs)])
+
+
+@pytest.mark.parametrize('target', ['reused', 'consistent'])
+def test_rlhf_gradient_equals_all_in_graph(xl, target):
+    d = load(xl)
+    cfg, batch, lesson = lesson_of(d, 'rlhf', 'paper', target=target, n=3, S=4, m=2, beta=10.)
+    c = candidates(cfg, d, batch)
+    R = values(cfg, d, Bright(), batch, c)[0]
+    with torch.no_grad(), d.reference(): ref = all_errors(cfg, d, batch, c)
+    jolt(d)
+    chosen = grads(d, method('rlhf').loss(cfg, d, lesson, 0)[0])
+    lr, (w, l), Z = log_ratio(all_errors(cfg, d, batch, c), ref), pair(R), standardise(R)
+    loss = preference(cfg.beta*(pick(lr, w) - pick(lr, l)), pick(Z, w) - pick(Z, l), cfg.kind).mean()
+    for a, b in zip(chosen, grads(d, loss)): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert any(g.abs().max() > 1e-4 for g in chosen)
+
+
+def test_sft_gradient_equals_all_in_graph(xl):
+    d = load(xl)
+    cfg, batch, lesson = lesson_of(d, 'sft', 'paper', n=3, S=4, m=2)
+    c = candidates(cfg, d, batch)
+    R = values(cfg, d, Bright(), batch, c)[0]
+    jolt(d)
+    chosen = grads(d, method('sft').loss(cfg, d, lesson)[0])
+    for a, b in zip(chosen, grads(d, pick(all_errors(cfg, d, batch, c), argmax(R)).mean())):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+# What changes, and what does not
+
+def base_weights(d):
+    "All weights of the pipeline that are not an adapter's, under their first names"
+    parts = {k: m for k, m in d.pipe.components.items() if isinstance(m, torch.nn.Module)}
+    return {f'{k}.{n}'.replace('.base_layer', ''): p.detach().clone() for k, m in parts.items()
+            for n, p in m.state_dict().items() if '.lora_' not in n}
+
+
+@pytest.mark.parametrize('name', ['rlhf', 'sft'])
+def test_base_stays_bit_identical(xl, name):
+    d, s = fit(xl, name, **(dict(m=2) if name == 'sft' else {}), lr=1e-2, ema=0.)
+    assert same(base_weights(d), base_weights(load(xl)))
+    assert any(p.abs().max() > 0 for k, p in policy(d).items() if 'lora_B' in k)
+    z, t, c = noise(torch.arange(2), START, d.shape), torch.tensor([900, 41]), d.encode(PROMPTS[:2])
+    with torch.no_grad():
+        plain, moved = load(xl).output(z, t, c), d.output(z, t, c)
+        with d.reference(): assert torch.equal(d.output(z, t, c), plain)
+    assert not torch.equal(moved, plain)
+
+
+def test_not_a_number_is_not_learnt(xl, monkeypatch):
+    "A loss that is not finite changes no weight and is counted"
+    from diffusion_sharpening.training import loop
+    m = method('rlhf')
+    broken = type(m)(**{**m.__dict__, 'loss': lambda *a: (m.loss(*a)[0]*float('nan'), {})})
+    monkeypatch.setattr(loop, 'find_method', lambda name: broken)
+    d, s = fit(xl, ema=0.)
+    assert s.skipped == 2*s.cfg.updates
+    assert all(p.abs().max() == 0 for k, p in policy(d).items() if 'lora_B' in k)
+
+
+def test_reward_goes_up(xl):
+    "Something is learnt: after a few dozen batches the pictures of other seeds are brighter"
+    d, s = fit(xl, steps=25, batch=3, n=4, S=4, rank=8, lr=3e-3, ema=0.)
+    score = lambda m: Bright()(m.sample(PROMPTS*4, range(100, 112), S=4), PROMPTS*4)
+    with d.reference(): before = score(d)
+    assert (score(d) - before).mean() > 0
+
+
+# Files
+
+bold = dict(lr=3e-2, ema=0.)
+
+@pytest.fixture(scope='module')
+def trained(xl, tmp_path_factory):
+    "Folder of a trained LoRA, as the job writes it"
+    tmp = tmp_path_factory.mktemp('trained')
+    (tmp/'prompts').write_text('\n'.join(PROMPTS))
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr(jobs, 'load_reward', lambda *args, **kwargs: Bright())
+        jobs.train('rlhf', xl, 'bright', str(tmp/'prompts'), str(tmp/'out'), heldout=0, **tiny, **bold)
+    return tmp/'out'
+
+
+def stock(xl, start, lora=None, S=5):
+    "What a plain diffusers script makes of the folder"
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(xl)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    if lora: pipe.load_lora_weights(lora)
+    return pipe(PROMPTS[:2], latents=start, num_inference_steps=S, guidance_scale=1., height=64, width=64,
+                output_type='pt').images
+
+
+def test_lora_in_plain_diffusers_gives_the_same_pictures(xl, trained):
+    seeds, d = torch.tensor([3, 4]), load(xl).load_lora(trained, trainable=False)
+    start = noise(seeds, START, d.shape)
+    theirs, ours = stock(xl, start, trained), d.sample(PROMPTS[:2], seeds, S=5)
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+    assert (theirs - stock(xl, start)).abs().max() > 1e-2                      # the LoRA does something
+
+
+def test_saved_is_what_was_trained(xl, trained):
+    "The job's file holds, bit for bit, the weights of the same loop called from Python"
+    d, rep = jobs.load_model(xl), json.loads((trained/'report.json').read_text())
+    train(d, 'rlhf', Bright(), PROMPTS, *settings('rlhf', **tiny, **bold))
+    assert rep['settings']['run']['rank'] == 2 and rep['skipped'] == 0
+    assert same({k.removeprefix('unet.'): v for k, v in load_file(trained/lora_file).items()}, policy(d))
+
+
+def test_moving_average_is_kept(xl):
+    "With `ema` the saved weights are the average: between the start and the last"
+    last, mean = policy(fit(xl, ema=0.)[0]), policy(fit(xl, ema=.9)[0])
+    B = [k for k in last if 'lora_B' in k]
+    assert 0 < sum(mean[k].abs().sum() for k in B) < sum(last[k].abs().sum() for k in B)
+
+
+def test_run_settings_are_checked():
+    for bad in (dict(steps=-1), dict(batch=0), dict(lr=0.), dict(rank=-1), dict(layers='all')):
+        with pytest.raises(ValueError, match=next(iter(bad))): Run(**bad)
