@@ -64,16 +64,16 @@ files = dict(empty='', blank='\n  \n', three='a red circle\na blue square\na gre
 train = ('train rlhf --model {xl} --reward checker! --heldout 2 --S-eval 1 --steps 1 --out {out} '
          '--set n=2 m=1 S=2 batch=2 rank=2')
 bad = {
-    'no such command': ('trian rlhf', "Did you mean 'train'"),
+    'no such command': ('trian rlhf', "you mean 'train'"),
     'no method named': ('train', 'method'),
     'no such option': ('train rlhf --outt {out}', '--outt'),
     'steps not a number': ('train rlhf --steps many --out {out}', '--steps'),
-    'no such method': (train.replace('rlhf', 'rlfh'), "Did you mean 'rlhf'"),
-    'no such preset': (train + ' --preset papr', "Did you mean 'paper'"),
-    'no such reward': (train.replace('checker!', 'clpi'), "Did you mean 'clip'"),
+    'no such method': (train.replace('rlhf', 'rlfh'), "you mean 'rlhf'"),
+    'no such preset': (train + ' --preset papr', "you mean 'paper'"),
+    'no such reward': (train.replace('checker!', 'clpi'), "you mean 'clip'"),
     'the exam as reward': (train.replace('checker!', 'checker'), 'exam'),
     'no reward': (train.replace('checker!', ','), 'reward'),
-    'no such setting': (train + ' --set betta=1', "Did you mean 'beta'"),
+    'no such setting': (train + ' --set betta=1', "you mean 'beta'"),
     'setting without value': (train + ' --set beta', 'key=value'),
     'no such model': (train.replace('{xl}', '{tmp}/nothing'), 'model: expected a folder or'),
     'a folder, but no model': (train.replace('{xl}', '{tmp}'), 'model_index.json'),
@@ -93,7 +93,7 @@ bad = {
     'no such config': (train + ' --config {tmp}/nothing', 'config: '),
     'broken config': (train + ' --config {tmp}/broken', 'config: '),
     'config that is a list': (train + ' --config {tmp}/array', 'expected an object'),
-    'no such setting in config': (train + ' --config {tmp}/wrong', "Did you mean 'beta'"),
+    'no such setting in config': (train + ' --config {tmp}/wrong', "you mean 'beta'"),
     'pictures that are not there': (train.replace('rlhf', 'sft'), 'pictures'),
     'no pictures to make': ('sample --model {xl} --out {out} --n 0', 'n: expected'),
     'no sampler steps': ('sample --model {xl} --out {out} --S 0', 'S: expected'),
@@ -199,7 +199,7 @@ def check_report(rep):
         if part == 'checker': b, a, d = (o['overall'] for o in (b, a, d))
         assert d['mean'] == pytest.approx(a['mean'] - b['mean'], abs=1e-6)
     assert rep['nfe_per_image']['before'] == rep['nfe_per_image']['after'] > 0
-    assert rep['versions']['torch'] == torch.__version__ and rep['seconds'] > 0
+    assert rep['versions']['torch'] == torch.__version__.split('+')[0] and rep['seconds'] > 0
 
 
 @pytest.fixture(scope='module')
