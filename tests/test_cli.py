@@ -84,7 +84,8 @@ bad = {
     'one candidate': (train + ' --set n=1', 'at least 2 candidates'),
     'no prompts per batch': (train + ' --set batch=0', 'batch: expected at least 1'),
     'negative steps': (train + ' --steps -1', 'steps: expected at least 0'),
-    'negative heldout': (train + ' --heldout -1', 'heldout'),
+    'negative heldout': (train + ' --heldout -1', 'heldout: expected'),
+    'negative heldout of a file': (train + ' --heldout -1 --prompts {tmp}/three', 'heldout: expected'),
     'no steps in the evaluation': (train + ' --S-eval 0', 'step'),
     'a word for a number': (train + ' --set n=two', 'n'),
     'half a step': (train + ' --set steps=1.5', 'steps'),
@@ -94,7 +95,7 @@ bad = {
     'broken config': (train + ' --config {tmp}/broken', 'config: '),
     'config that is a list': (train + ' --config {tmp}/array', 'expected an object'),
     'no such setting in config': (train + ' --config {tmp}/wrong', "you mean 'beta'"),
-    'pictures that are not there': (train.replace('rlhf', 'sft'), 'pictures'),
+    'pictures that are not there': (train.replace('rlhf', 'sft'), 'image-caption pairs'),
     'no pictures to make': ('sample --model {xl} --out {out} --n 0', 'n: expected'),
     'no sampler steps': ('sample --model {xl} --out {out} --S 0', 'S: expected'),
     'guidance below one': ('sample --model {xl} --out {out} --guidance .5', 'guidance: expected'),
@@ -179,7 +180,8 @@ def test_methods_and_rewards_are_json(capsys):
 
 def test_help_and_lists_for_people(capsys):
     for args in ([], ['--help'], ['methods'], ['rewards']): assert cli.run(args) == 0
-    assert all(c in capsys.readouterr().out for c in cli.COMMANDS)
+    out = capsys.readouterr().out
+    assert all(c in out for c in [*cli.COMMANDS, 'sft', 'clip'])
     for c in cli.COMMANDS:
         with pytest.raises(SystemExit) as e: cli.run([c, '--help'])
         assert e.value.code == 0 and '--' in capsys.readouterr().out

@@ -16,7 +16,7 @@ from ..methods.sharpening import Batch, configure
 from ..schedules import one_of
 from ..trajectories import fold
 
-# %% ../../nbs/6_training/51_loop.ipynb #05ebcb2c
+# %% ../../nbs/6_training/51_loop.ipynb #e8607598
 ATTENTION = ('to_q', 'to_k', 'to_v', 'to_out.0')
 LINEAR = (*ATTENTION, 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2', 'time_emb_proj')
 
@@ -25,7 +25,7 @@ class Run:
     "Settings of a training run that do not belong to its method"
     steps: int = 100        # Batches collected; each gives `updates` gradient updates
     batch: int = 8          # Prompts per batch
-    lr: float = 3e-4        # Learning rate of AdamW
+    lr: float = 5e-4        # Learning rate of AdamW
     warmup: int = 5         # Updates over which the learning rate rises
     rank: int = 32          # Of the LoRA adapter; 0 trains every weight
     layers: str = 'linear'  # What LoRA adapts: attention, or linear for all of the transformers' and the time's layers

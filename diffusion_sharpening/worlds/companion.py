@@ -117,12 +117,12 @@ def reconstruct(vae, # `AutoencoderKL`
     bytes8 = lambda y: ((y.clamp(-1, 1)+1)*127.5).round().to(torch.uint8).contiguous()
     return torch.cat([bytes8(one(x)) for x in ims.split(chunk)])
 
-# %% ../../nbs/3_worlds/23_companion.ipynb #f6e3e01a
+# %% ../../nbs/3_worlds/23_companion.ipynb #7be719b7
 def train_clip(ims:torch.Tensor, # uint8 pictures `(n, 3, 64, 64)`
                recon:torch.Tensor, # The same pictures through the autoencoder
                texts:list, # Captions
                work, # Folder of the run; the model ends in `work/shapes-clip`
-               steps:int=3000 # Updates
+               steps:int=1800 # Updates
               ): # The trained model
     "Train the small CLIP"
     import open_clip
@@ -149,13 +149,13 @@ def drawn_pairs(n:int, # How many
     if len(ims) != n: raise ValueError(f'{words}: expected {n} pairs, found {len(ims)}; remove both files')
     return ims, json.loads(words.read_text())
 
-# %% ../../nbs/3_worlds/23_companion.ipynb #226f662d
+# %% ../../nbs/3_worlds/23_companion.ipynb #59873d59
 def pretrain(work, # Folder of the run: pairs, latents, state files and logs
              out, # Folder that gets `shapes-sdxl` and `shapes-clip`
              pairs:int=60000, # Half of them from seed 0, half from seed 1
              vae_steps:int=4500, # Updates of the autoencoder
              base_steps:int=4200, # Updates of U-Net and text encoders
-             clip_steps:int=3000 # Updates of the reward
+             clip_steps:int=1800 # Updates of the reward
             ):
     "Train all embedded weights; started again after a stop, it goes on where it was"
     if pairs < 6: raise ValueError(f'pretrain: expected at least 6 pairs, found {pairs}')

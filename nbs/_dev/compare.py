@@ -34,7 +34,7 @@ def row(method, preset, reps):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seconds', type=float, default=150); p.add_argument('--seeds', type=int, default=3)
-    p.add_argument('--only', nargs='*', help='method-preset, e.g. rlhf-contrast'); p.add_argument('--lr', type=float, default=3e-4)
+    p.add_argument('--only', nargs='*', help='method-preset, e.g. rlhf-contrast'); p.add_argument('--lr', type=float, default=5e-4)
     a = p.parse_args(); folder = root/'runs'/'compare'; rows = []
     for method, presets in SETUPS.items():
         for preset in presets:

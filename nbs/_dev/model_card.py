@@ -59,8 +59,10 @@ Weights that this repository trained itself, from nothing, on its own procedural
 
 ## Training
 
-60,000 image-caption pairs (seeds 0 and 1) of the training split; no held-out caption and none of the nine held-out attribute pairs. On two CPU cores, one for each model, fp32:
+60,000 image-caption pairs (seeds 0 and 1) of the training split; no held-out caption and none of the nine held-out attribute pairs. On a virtual machine with two cores (AMD EPYC), one thread per model, fp32:
+
 {training}
+
 `make weights` trains all of it again and can be interrupted and continued.
 
 ## Scores
@@ -72,9 +74,9 @@ Weights that this repository trained itself, from nothing, on its own procedural
 {rows}
 
 Best of 8 by the checker on 60 of the captions: {best} against {one} for a single picture. The CLIP prefers a picture's own caption to a near miss in {clip}.
-Sampling takes {ms:.2f} ms per image and step on {threads} threads.
+Sampling takes {ms:.2f} ms per image and step with PyTorch's thread count at {threads}, on a machine that was busy with other work.
 
-It was trained for a small share of the updates a large model gets: expect wrong fills and swapped attributes. They are what the methods of this library are there to mend.
+It is young: without guidance it scores no more than real renders of *other* captions, because many outlines are unfinished and fills leak between things. Longer training is the first thing it needs.
 """
 
 def show(i): return f"{i['mean']:.3f} [{i['low']:.3f}, {i['high']:.3f}]"
