@@ -10,7 +10,7 @@ import argparse, inspect, json, sys
 from fastcore.docments import docments
 from .schedules import one_of
 
-# %% ../nbs/7_commands/61_cli.ipynb #f4cf4d1b
+# %% ../nbs/7_commands/61_cli.ipynb #a98ab8bf
 COMMANDS = 'demo train sample evaluate methods rewards'.split()
 REPORTS = 'evaluate methods rewards'.split()  # Those that print what they found, as text or JSON
 
@@ -30,9 +30,9 @@ def parser(name:str # One of `COMMANDS`
         if o.default is o.empty: p.add_argument(k, **what)
         else: p.add_argument(f"--{k.replace('_', '-')}", default=o.default, **what)
     if name == 'train':
-        p.add_argument('--steps', type=int, default=100, help='Batches of the training')
+        p.add_argument('--steps', type=int, help='Batches of the training')
         p.add_argument('--config', help='JSON file with settings of method and run')
-        p.add_argument('--set', nargs='*', default=[], metavar='KEY=VALUE', help='Settings, after those of the file')
+        p.add_argument('--set', nargs='*', default=[], action='extend', metavar='KEY=VALUE', help='Settings, after those of the file')
     if name in REPORTS: p.add_argument('--json', action='store_true', help='Print JSON')
     return p
 
@@ -44,8 +44,9 @@ def run(argv:list # Arguments without the program's name
     from diffusion_sharpening import jobs
     a = vars(parser(name).parse_args(argv[1:])); as_json = a.pop('json', False)
     if name == 'train':
-        file, pairs = a.pop('config'), a.pop('set')
-        a |= (jobs.read_config(file) if file else {}) | jobs.parse_settings(pairs)
+        file, pairs, steps = a.pop('config'), a.pop('set'), a.pop('steps')
+        a |= jobs.read_config(file) if file else {}
+        a |= ({} if steps is None else dict(steps=steps)) | jobs.parse_settings(pairs)
     res = getattr(jobs, name)(**a)
     if name == 'train' and res['heldout_prompts']: print(jobs.table(res))
     elif name in REPORTS: print(json.dumps(res, indent=1) if as_json else lines(name, res))
@@ -57,7 +58,8 @@ def lines(name, res)->str:
     if name == 'methods': return '\n'.join(f"{m['name']:8}{m['about']} (presets: {', '.join(m['presets'])})" for m in res)
     if name == 'rewards': return '\n'.join(f"{r['name']:10}{r['how'] or 'usable'}; {r['needs']}" for r in res)
     rows = {'reward': res['reward'], **{f'checker, {k}': v for k, v in res.get('checker', {}).items()}}
-    return '\n'.join(f"{k:22} {v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]" for k, v in rows.items())
+    from diffusion_sharpening.evaluation.metrics import shown
+    return '\n'.join(f"{k:22} {shown(v)}" for k, v in rows.items())
 
 def usage()->str:
     "The list of commands"

@@ -6,13 +6,13 @@
 __all__ = ['PACKAGES', 'quiet', 'load_model', 'parse_settings', 'read_config', 'output_folder', 'provenance', 'judges', 'train',
            'sample', 'evaluate', 'methods', 'rewards', 'demo', 'table']
 
-# %% ../nbs/7_commands/60_jobs.ipynb #6cc80280
+# %% ../nbs/7_commands/60_jobs.ipynb #ddbdba18
 import diffusion_sharpening, json, os, platform, subprocess, time, torch
 from pathlib import Path
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from .data import prompt_set, shapes_pairs
-from .evaluation.metrics import before_after, curve, delta, evaluate as measure, report
+from .evaluation.metrics import before_after, curve, delta, evaluate as measure, report, shown
 from .methods.catalog import METHODS, method as find_method, settings_table
 from .models import Denoiser
 from .rewards.base import USES, load_reward, usable
@@ -83,7 +83,7 @@ def _commit():
     except OSError: return None
     return git.stdout.strip() or None
 
-# %% ../nbs/7_commands/60_jobs.ipynb #0c4a60b1
+# %% ../nbs/7_commands/60_jobs.ipynb #1fcfa84f
 def judges(reward, prompts)->dict: # Name → reward
     "The trained reward, and the exam if the prompts are captions of Shapes"
     out = {reward.name: reward}
@@ -109,6 +109,8 @@ def train(
     **changes # Settings of the method or the run
 )->dict: # The report, as written to `out/report.json`
     "Fine-tune a model and report what changed"
+    if heldout < 0: raise ValueError(f'heldout: expected at least 0 prompts, found {heldout}')
+    if S_eval < 1: raise ValueError(f'S_eval: expected at least one sampler step, found {S_eval}')
     run, cfg = settings(method, preset, **changes)
     world = model if model in EMBEDDED else None
     texts = prompt_set(prompts, seed=run.seed)
@@ -119,7 +121,6 @@ def train(
     if cfg.needs_images: texts, images = _images(d, model, texts)
     exam, t0 = judges(judge, held) if held else {}, time.time()
     before = measure(d, held, exam, S_eval) if held else None
-    out.mkdir(parents=True, exist_ok=True)
     s = fit(d, method, judge, texts, run, cfg, images, [Progress(), Log(out/'metrics.jsonl')])
     after = measure(d, held, exam, S_eval) if held else None
     rep = dict(method=method, preset=preset, model=model, reward=reward, seed=run.seed, steps=run.steps,
@@ -134,6 +135,7 @@ def _compared(before, after, reward):
                 nfe_per_image=dict(before=before.nfe, after=after.nfe))
 
 def _write(out, model, rep, s, before, after, run):
+    out.mkdir(parents=True, exist_ok=True)
     if run.rank: model.save_lora(out)
     else: model.save_pipeline(out/'model')
     if s.history: curve(s.history, out/'reward_curve.png')
@@ -193,7 +195,7 @@ def rewards()->list: # One dict per reward: name, needs, usable, how
     both = {k: usable(k) for k in USES}
     return [dict(name=k, needs=e.needs, usable=both[k][0], how=both[k][1], exam_only=e.exam) for k, e in USES.items()]
 
-# %% ../nbs/7_commands/60_jobs.ipynb #b58c523d
+# %% ../nbs/7_commands/60_jobs.ipynb #e9c27a11
 def demo(
     out:str='demo', # Folder for weights, log, pictures and report
     steps:int=100, # Batches of the training
@@ -214,8 +216,7 @@ def table(rep:dict # From `train`
     for k in names:
         b, a, d = (pick(s, k) for s in ('before', 'after', 'delta'))
         label = 'reward' if k == 'reward' else f'checker, {k}'
-        change = f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
-        rows.append((label, f"{b['mean']:.3f}", f"{a['mean']:.3f}", change))
+        rows.append((label, f"{b['mean']:.3f}", f"{a['mean']:.3f}", shown(d, '+')))
     lines = [f'{r[0]:<22}{r[1]:>8}{r[2]:>8}   {r[3]}' for r in rows]
     cost = rep['nfe_per_image']
     return '\n'.join([f"{rep['heldout_prompts']} held-out prompts; UNet evaluations per image: "

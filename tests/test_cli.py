@@ -10,7 +10,7 @@ from diffusion_sharpening.tiny import tiny_sdxl
 from diffusion_sharpening.worlds.shapes import prompts
 
 torch.set_num_threads(1)
-small = ['n=2', 'm=1', 'S=2', 'batch=2', 'rank=2']                # settings under which a training takes a second
+small = ['n=2', 'm=1', 'S=2', 'batch=2', 'rank=2']    # settings under which a training takes a second
 keys = {'method', 'model', 'reward', 'seed', 'steps', 'seconds', 'before', 'after', 'delta',
         'heldout_prompts', 'nfe_per_image', 'versions', 'git_commit'}
 
@@ -91,6 +91,7 @@ bad = {
     'half a step': (train + ' --set steps=1.5', 'steps'),
     'NaN for a number': (train + ' --set batch=NaN', 'batch'),
     'Python for JSON': (train + ' --set bptt=False', 'bptt'),
+    'an option as setting': (train + ' --set out=5', 'out'),
     'no such config': (train + ' --config {tmp}/nothing', 'config: '),
     'broken config': (train + ' --config {tmp}/broken', 'config: '),
     'config that is a list': (train + ' --config {tmp}/array', 'expected an object'),
@@ -210,8 +211,8 @@ def trained(xl, tmp_path_factory):
     tmp = tmp_path_factory.mktemp('trained')
     (tmp/'config.json').write_text('{"n": 3, "m": 1, "S": 2, "batch": 2}')
     res = sharpen('train', 'rlhf', '--model', xl, '--reward', 'checker!', '--prompts', 'shapes',
-                  '--heldout', 12, '--S-eval', 2, '--steps', 2, '--out', tmp/'out', '--config', tmp/'config.json',
-                  '--set', 'n=2', '--set', 'rank=2', 'seed=5')
+                  '--heldout', 12, '--S-eval', 2, '--steps', 2, '--out', tmp/'out',
+                  '--config', tmp/'config.json', '--set', 'n=2', '--set', 'rank=2', 'seed=5')
     assert res.returncode == 0, res.stderr
     return tmp/'out', res
 
@@ -286,7 +287,8 @@ def test_steps_on_the_line_win(xl, tmp_path):
 
 def test_every_weight_can_be_trained(xl, tmp_path):
     "rank 0: the whole pipeline is saved, and loads by its folder"
-    jobs.train('rlhf', xl, 'checker!', out=str(tmp_path/'out'), heldout=0, steps=1, n=2, m=1, S=2, batch=2, rank=0)
+    jobs.train('rlhf', xl, 'checker!', out=str(tmp_path/'out'), heldout=0, steps=1, n=2, m=1, S=2, batch=2,
+               rank=0)
     assert jobs.load_model(str(tmp_path/'out/model')).sample('a red circle', S=1).isfinite().all()
 
 

@@ -233,8 +233,8 @@ def test_not_a_number_is_not_learnt(xl, monkeypatch):
 def test_reward_goes_up():
     "Something is learnt: after a dozen batches the embedded model's pictures of other seeds are brighter"
     d = jobs.load_model('shapes')
-    train(d, 'rlhf', Bright(), PROMPTS, *settings('rlhf', **{**tiny, 'steps': 12, 'batch': 4, 'n': 4, 'm': 1, 'S': 5,
-                                                            'rank': 8, 'lr': 1e-3, 'ema': 0.}))
+    run, cfg = settings('rlhf', steps=12, batch=4, n=4, m=1, S=5, rank=8, lr=1e-3, ema=0.)
+    train(d, 'rlhf', Bright(), PROMPTS, run, cfg)
     score = lambda: Bright()(d.sample(PROMPTS*4, range(100, 112), S=5), PROMPTS*4)
     with d.reference(): before = score()
     assert (score() - before).mean() > 0

@@ -6,17 +6,17 @@
 __all__ = ['ATTENTION', 'LINEAR', 'Run', 'settings', 'Callback', 'State', 'prepare', 'batch_of', 'train', 'Progress', 'Log',
            'Validate', 'save_grid']
 
-# %% ../../nbs/6_training/51_loop.ipynb #550a58fd
+# %% ../../nbs/6_training/51_loop.ipynb #a95c0229
 import json, time, torch
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from ..data import rows
 from ..methods.catalog import method as find_method
-from ..methods.sharpening import Batch, configure
+from ..methods.sharpening import Batch, check_kinds, configure
 from ..schedules import one_of
 from ..trajectories import fold
 
-# %% ../../nbs/6_training/51_loop.ipynb #e8607598
+# %% ../../nbs/6_training/51_loop.ipynb #ccb0e0b1
 ATTENTION = ('to_q', 'to_k', 'to_v', 'to_out.0')
 LINEAR = (*ATTENTION, 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2', 'time_emb_proj')
 
@@ -47,15 +47,17 @@ def settings(name:str, # Of the method
     "Sort settings into those of the run and those of the method"
     m = find_method(name); own = {f.name for f in fields(Run)}; mine = {f.name for f in fields(m.settings)}
     for k in changes: one_of(k, sorted(own | mine), f'setting of {name}')
+    check_kinds(Run, changes)
     rest = {k: v for k, v in changes.items() if k in mine}
     return Run(**{k: v for k, v in changes.items() if k in own}), configure(m.settings, m.presets, preset, **rest)
 
-# %% ../../nbs/6_training/51_loop.ipynb #df79a833
+# %% ../../nbs/6_training/51_loop.ipynb #62022149
 class Callback:
     "Something beside the loop: override what is needed"
     def start(self, s): pass
     def update(self, s): pass
     def end(self, s): pass
+    def close(self): pass  # also after an error
 
 @dataclass
 class State:
@@ -101,17 +103,22 @@ def train(model, # `Denoiser` without adapters
     opt = acc.prepare(torch.optim.AdamW(model.trainable(), lr=run.lr, betas=(.9, .99), weight_decay=0.))
     s = State(model, run, cfg, history=[])
     for cb in callbacks: cb.start(s)
-    t0 = time.time()
+    try: _batches(acc, opt, s, m, reward, prompts, images, callbacks)
+    finally:
+        for cb in callbacks: cb.close()
+    if run.ema: model.copy_adapter('ema', 'policy')
+    for cb in callbacks: cb.end(s)
+    return s
+
+def _batches(acc, opt, s, m, reward, prompts, images, callbacks):
+    t0, run, cfg = time.time(), s.run, s.cfg
     for s.k in range(1, run.steps+1):
         if run.seconds and time.time()-t0 > run.seconds: break
-        lesson = m.collect(cfg, model, reward, batch_of(model, prompts, run, s.k-1, images))
+        lesson = m.collect(cfg, s.model, reward, batch_of(s.model, prompts, run, s.k-1, images))
         s.nfe += lesson['log']['nfe']
         for u in range(getattr(cfg, 'updates', 1)): extra = _update(acc, opt, s, m, lesson, u)
         s.log = dict(step=s.k, **lesson['log'], **extra); s.history.append(s.log)
         for cb in callbacks: cb.update(s)
-    if run.ema: model.copy_adapter('ema', 'policy')
-    for cb in callbacks: cb.end(s)
-    return s
 
 def _update(acc, opt, s, m, lesson, u):
     for g in opt.param_groups: g['lr'] = s.run.lr*min(1., s.k/max(1, s.run.warmup))
@@ -125,7 +132,7 @@ def _update(acc, opt, s, m, lesson, u):
     if s.run.ema: s.model.blend_adapter('policy', 'ema', 1-s.run.ema)
     return dict(loss=loss.item(), grad_norm=norm.item(), **extra)
 
-# %% ../../nbs/6_training/51_loop.ipynb #98dde5f5
+# %% ../../nbs/6_training/51_loop.ipynb #70f84304
 class Progress(Callback):
     "A progress bar with the reward of the candidates"
     def start(self, s):
@@ -133,14 +140,14 @@ class Progress(Callback):
         self.bar = tqdm(total=s.run.steps, desc='sharpening', mininterval=1)
     def update(self, s):
         self.bar.set_postfix({k: f'{s.log[k]:.3f}' for k in ('reward', 'best')}, refresh=False); self.bar.update()
-    def end(self, s): self.bar.close()
+    def close(self): self.bar.close()
 
 class Log(Callback):
     "One JSON line per batch"
     def __init__(self, path): self.path = Path(path)
-    def start(self, s): self.path.write_text('')
     def update(self, s):
-        with self.path.open('a') as f: f.write(json.dumps(s.log)+'\n')
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open('w' if s.k == 1 else 'a') as f: f.write(json.dumps(s.log)+'\n')
 
 class Validate(Callback):
     "Pictures of a few prompts every so often"
