@@ -10,7 +10,7 @@ import argparse, inspect, json, sys
 from fastcore.docments import docments
 from .schedules import one_of
 
-# %% ../nbs/7_commands/61_cli.ipynb #a98ab8bf
+# %% ../nbs/7_commands/61_cli.ipynb #db81b43e
 COMMANDS = 'demo train sample evaluate methods rewards'.split()
 REPORTS = 'evaluate methods rewards'.split()  # Those that print what they found, as text or JSON
 
@@ -45,8 +45,11 @@ def run(argv:list # Arguments without the program's name
     a = vars(parser(name).parse_args(argv[1:])); as_json = a.pop('json', False)
     if name == 'train':
         file, pairs, steps = a.pop('config'), a.pop('set'), a.pop('steps')
-        a |= jobs.read_config(file) if file else {}
-        a |= ({} if steps is None else dict(steps=steps)) | jobs.parse_settings(pairs)
+        typed = {} if steps is None else dict(steps=steps)
+        more = (jobs.read_config(file) if file else {}) | typed | jobs.parse_settings(pairs)
+        for k in more.keys() & a.keys():
+            raise ValueError(f'setting {k!r}: expected one of the method or the run; give it as --{k}')
+        a |= more
     res = getattr(jobs, name)(**a)
     if name == 'train' and res['heldout_prompts']: print(jobs.table(res))
     elif name in REPORTS: print(json.dumps(res, indent=1) if as_json else lines(name, res))

@@ -84,7 +84,7 @@ def delta(before:Evaluation, # The control
     if 'checker' in change: out['checker'] = _exam(change['checker'], after.prompts)
     return out
 
-# %% ../../nbs/6_training/50_evaluation.ipynb #696da47b
+# %% ../../nbs/6_training/50_evaluation.ipynb #d885dc1c
 def before_after(before:Evaluation, # The control
                  after:Evaluation, # The same prompts, after training
                  path, # PNG to write
@@ -95,7 +95,7 @@ def before_after(before:Evaluation, # The control
     "Draw pairs of pictures, before above after, under their prompts"
     import textwrap
     from matplotlib.figure import Figure
-    N = len(before.prompts); idx = pick or [i*N//n for i in range(n)]
+    N = len(before.prompts); n = min(n, N); idx = pick or [i*N//n for i in range(n)]
     fig = Figure(figsize=(1.35*len(idx), 3.7), layout='tight'); axs = fig.subplots(2, len(idx), squeeze=False)
     for j, i in enumerate(idx):
         for ax, e in zip(axs[:, j], (before, after)):

@@ -17,7 +17,7 @@ from ..samplers import step
 from ..schedules import add_noise, implied_eps, one_of
 from ..trajectories import START, branch, fold, noise, path_times, rollout, stride_times
 
-# %% ../../nbs/5_methods/40_sharpening.ipynb #3d28ff67
+# %% ../../nbs/5_methods/40_sharpening.ipynb #68f36734
 @dataclass
 class Sharpening:
     "Settings shared by SFT- and RLHF-Diffusion-Sharpening"
@@ -39,7 +39,7 @@ class Sharpening:
         one_of(self.score, ['path', 'final'], 'score'); one_of(self.times, ['grid', 'uniform'], 'times')
         for k, lo in (('n', 1), ('m', 1), ('S', 1)):
             if getattr(self, k) < lo: raise ValueError(f'{k}: expected at least {lo}, found {getattr(self, k)}')
-        if self.m > self.S: raise ValueError(f'm: expected at most S={self.S} steps, found {self.m}')
+        if self.branch != 'sample' and self.m > self.S: raise ValueError(f'm: expected at most S={self.S} steps, found {self.m}')
         if not 0 <= self.early < self.late <= 1:
             raise ValueError(f'early, late: expected 0 ≤ early < late ≤ 1, found {self.early}, {self.late}')
 

@@ -51,7 +51,7 @@ def settings(name:str, # Of the method
     rest = {k: v for k, v in changes.items() if k in mine}
     return Run(**{k: v for k, v in changes.items() if k in own}), configure(m.settings, m.presets, preset, **rest)
 
-# %% ../../nbs/6_training/51_loop.ipynb #62022149
+# %% ../../nbs/6_training/51_loop.ipynb #3bb8d669
 class Callback:
     "Something beside the loop: override what is needed"
     def start(self, s): pass
@@ -124,10 +124,10 @@ def _update(acc, opt, s, m, lesson, u):
     for g in opt.param_groups: g['lr'] = s.run.lr*min(1., s.k/max(1, s.run.warmup))
     loss, extra = m.loss(s.cfg, s.model, lesson, u)
     opt.zero_grad()
-    if not loss.isfinite(): s.skipped += 1; return dict(loss=float('nan'), **extra)
+    if not loss.isfinite(): s.skipped += 1; return dict(loss=None, **extra)
     acc.backward(loss)
     norm = acc.clip_grad_norm_(s.model.trainable(), s.run.clip)
-    if not torch.isfinite(norm): s.skipped += 1; return dict(loss=loss.item(), **extra)
+    if not torch.isfinite(norm): s.skipped += 1; return dict(loss=loss.item(), grad_norm=None, **extra)
     opt.step(); m.after(s.cfg, s.model)
     if s.run.ema: s.model.blend_adapter('policy', 'ema', 1-s.run.ema)
     return dict(loss=loss.item(), grad_norm=norm.item(), **extra)
