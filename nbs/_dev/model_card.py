@@ -32,7 +32,7 @@ def per_step(model, B=32, S=10):
     return 1e3*sorted(ts)[2]/B/S
 
 def clip_facts(texts, ims):
-    "How often the small CLIP prefers a picture's own caption, and its rank correlation with the checker is left to the notebooks"
+    "How often the small CLIP prefers a picture's own caption to a near miss"
     import random
     clip, rng = load_reward('clip', 'shapes'), random.Random(0)
     return interval((clip(ims, texts) > clip(ims, [near_miss(t, rng) for t in texts])).float())
@@ -63,7 +63,7 @@ Weights that this repository trained itself, from nothing, on its own procedural
 
 {training}
 
-`make weights` trains all of it again and can be interrupted and continued.
+`make weights` trains all of it again from the start and can be interrupted and continued.
 
 ## Scores
 
