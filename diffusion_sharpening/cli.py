@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'REPORTS', 'Parser', 'parser', 'run', 'lines', 'usage', 'main']
 
-# %% ../nbs/7_commands/61_cli.ipynb #0d3a244c
-import argparse, inspect, json, sys
+# %% ../nbs/7_commands/61_cli.ipynb #c947d094
+import argparse, inspect, json, os, sys
 from fastcore.docments import docments
 from .schedules import one_of
 
-# %% ../nbs/7_commands/61_cli.ipynb #db81b43e
+# %% ../nbs/7_commands/61_cli.ipynb #643b8e1d
 COMMANDS = 'demo train sample evaluate methods rewards'.split()
 REPORTS = 'evaluate methods rewards'.split()  # Those that print what they found, as text or JSON
 
@@ -28,7 +28,7 @@ def parser(name:str # One of `COMMANDS`
         if o.kind == o.VAR_KEYWORD: continue
         what = dict(help=(notes.get(k) or ' ').replace('%', '%%'), type=o.annotation)
         if o.default is o.empty: p.add_argument(k, **what)
-        else: p.add_argument(f"--{k.replace('_', '-')}", default=o.default, **what)
+        else: p.add_argument(f"--{k.replace('_', '-')}", default=o.default, **what, **({'nargs': '?', 'const': ''} if k == 'resume' else {}))
     if name == 'train':
         p.add_argument('--steps', type=int, help='Batches of the training')
         p.add_argument('--config', help='JSON file with settings of method and run')
@@ -47,10 +47,12 @@ def run(argv:list # Arguments without the program's name
         file, pairs, steps = a.pop('config'), a.pop('set'), a.pop('steps')
         typed = {} if steps is None else dict(steps=steps)
         more = (jobs.read_config(file) if file else {}) | typed | jobs.parse_settings(pairs)
+        if a['resume'] == '': a['resume'] = a['out']     # --resume alone: the run in --out
         for k in more.keys() & a.keys():
             raise ValueError(f'setting {k!r}: expected one of the method or the run; give it as --{k}')
         a |= more
     res = getattr(jobs, name)(**a)
+    if os.environ.get('RANK', '0') != '0': return 0   # one of several processes: the first one speaks
     if name == 'train' and res['heldout_prompts']: print(jobs.table(res))
     elif name in REPORTS: print(json.dumps(res, indent=1) if as_json else lines(name, res))
     elif name == 'sample': print(f'{res}/grid.png')
@@ -74,4 +76,7 @@ def main(): # The console script
     "Entry point: errors in the input are one line and exit code 2"
     try: sys.exit(run(sys.argv[1:]))
     except ValueError as e: print(f'sharpen: {e}', file=sys.stderr); sys.exit(2)
+    except RuntimeError as e:
+        if type(e).__name__ != 'TrainingError': raise
+        print(f'sharpen: {e}', file=sys.stderr); sys.exit(1)
     except KeyboardInterrupt: print('sharpen: interrupted', file=sys.stderr); sys.exit(130)

@@ -6,8 +6,8 @@
 __all__ = ['PACKAGES', 'quiet', 'load_model', 'parse_settings', 'read_config', 'output_folder', 'provenance', 'judges', 'train',
            'sample', 'evaluate', 'methods', 'rewards', 'demo', 'table']
 
-# %% ../nbs/7_commands/60_jobs.ipynb #ddbdba18
-import diffusion_sharpening, json, os, platform, subprocess, time, torch
+# %% ../nbs/7_commands/60_jobs.ipynb #24a486f3
+import diffusion_sharpening, hashlib, json, os, platform, subprocess, time, torch
 from pathlib import Path
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -16,10 +16,12 @@ from .evaluation.metrics import before_after, curve, delta, evaluate as measure,
 from .methods.catalog import METHODS, method as find_method, settings_table
 from .models import Denoiser
 from .rewards.base import USES, load_reward, usable
-from .training.loop import Log, Progress, Run, save_grid, settings, train as fit
+from .training.callbacks import (
+    Alarms, Checkpoint, Log, Progress, Timer, Tracker, save_grid, unfinished)
+from .training.loop import Run, settings, train as fit
 from .worlds.embedded import EMBEDDED, model_path
 
-# %% ../nbs/7_commands/60_jobs.ipynb #23a0fb6f
+# %% ../nbs/7_commands/60_jobs.ipynb #2df27c1f
 def quiet():
     "Keep the loading bars of diffusers and transformers out of the way"
     import diffusers, transformers
@@ -34,6 +36,7 @@ def load_model(name:str, # `shapes`, a folder, or a name on the Hugging Face Hub
     if guidance is not None and not guidance >= 1:
         raise ValueError(f'guidance: expected at least 1, found {guidance}')
     quiet()
+    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     model = Denoiser.from_pretrained(model_path(name), guidance=guidance or (1. if name in EMBEDDED else 5.))
     if model.device.type == 'cpu': model.pipe.vae.to(memory_format=torch.channels_last)
     if lora: model.load_lora(lora, trainable=False)
@@ -83,7 +86,7 @@ def _commit():
     except OSError: return None
     return git.stdout.strip() or None
 
-# %% ../nbs/7_commands/60_jobs.ipynb #1fcfa84f
+# %% ../nbs/7_commands/60_jobs.ipynb #bfdcb463
 def judges(reward, prompts)->dict: # Name → reward
     "The trained reward, and the exam if the prompts are captions of Shapes"
     out = {reward.name: reward}
@@ -102,33 +105,64 @@ def train(
     model:str='shapes', # `shapes` (embedded), a folder, or a name on the Hugging Face Hub
     reward:str='clip', # Reward: name, name@weights or name:weight,… (see `sharpen rewards`)
     prompts:str='shapes', # `shapes`, or a text file with one prompt per line
-    out:str='runs/latest', # Folder for weights, log, pictures and report
+    out:str='runs/latest', # Folder for weights, checkpoints, log, pictures and report
     preset:str='default', # Preset of the method
     heldout:int=240, # Prompts of the evaluation before and after; 0: none
     S_eval:int=20, # Sampler steps of the evaluation
+    tracker:str=None, # Tracker of accelerate: tensorboard, wandb, …
+    resume:str=None, # Go on with the run in this folder, with the settings it was started with
     **changes # Settings of the method or the run
-)->dict: # The report, as written to `out/report.json`
+)->dict: # The report, as written to `out/report.json`; a run that was asked to stop only says where it is
     "Fine-tune a model and report what changed"
+    asked = dict(method=method, model=model, reward=reward, prompts=prompts, preset=preset, heldout=heldout,
+                 S_eval=S_eval, tracker=tracker, changes=changes)
+    if resume: out, asked = resume, _asked_before(resume, asked)
+    return _train(output_folder(out), bool(resume), **asked)
+
+def _asked_before(folder, now): # What the run was started with; single settings may be changed
+    file = Path(folder)/'run.json'
+    if not file.is_file(): raise ValueError(f'resume: expected a run with run.json in {folder}, found none')
+    was = read_config(file)
+    if was.get('method') != now['method']:
+        raise ValueError(f"resume: {folder} is a run of {was.get('method')!r}, not of {now['method']!r}")
+    return was | dict(changes=was['changes'] | now['changes'])
+
+def _train(out, resume, **asked):
+    method, model, reward, prompts, preset, heldout, S_eval, tracker, changes = asked.values()
     if heldout < 0: raise ValueError(f'heldout: expected at least 0 prompts, found {heldout}')
     if S_eval < 1: raise ValueError(f'S_eval: expected at least one sampler step, found {S_eval}')
     run, cfg = settings(method, preset, **changes)
-    world = model if model in EMBEDDED else None
-    texts = prompt_set(prompts, seed=run.seed)
-    judge = load_reward(reward, world)
+    texts, judge = prompt_set(prompts, seed=run.seed), load_reward(reward, model if model in EMBEDDED else None)
     held = prompt_set('shapes', heldout, 'heldout', 1) if prompts == 'shapes' and heldout else texts[:heldout]
-    out, d = output_folder(out), load_model(model)
-    images = None
+    d, images = load_model(model), None
     if cfg.needs_images: texts, images = _images(d, model, texts)
-    exam, t0 = judges(judge, held) if held else {}, time.time()
+    exam, t0 = judges(judge, held or texts[:1]), time.time()
     before = measure(d, held, exam, S_eval) if held else None
-    s = fit(d, method, judge, texts, run, cfg, images, [Progress(), Log(out/'metrics.jsonl')])
+    about = dict(method=method, model=model, reward=reward, prompts=_digest(texts))
+    beside = _beside(out, about, exam.get('checker'), tracker, resume)
+    out.mkdir(parents=True, exist_ok=True)
+    (out/'run.json').write_text(json.dumps(asked, indent=1)+'\n')
+    s = fit(d, method, judge, texts, run, cfg, images, beside)
+    if s.stop: return _stopped(out, method, s)
     after = measure(d, held, exam, S_eval) if held else None
     rep = dict(method=method, preset=preset, model=model, reward=reward, seed=run.seed, steps=run.steps,
-               seconds=round(time.time()-t0, 1), settings=dict(run=asdict(run), method=asdict(cfg)),
-               batches=len(s.history), nfe_training=s.nfe, skipped=s.skipped, heldout_prompts=len(held))
+               seconds=round(time.time()-t0, 1), seconds_training=round(s.seconds, 1),
+               settings=dict(run=asdict(run), method=asdict(cfg)), guidance=d.guidance, prompts_sha256=about['prompts'],
+               batches=s.k, nfe_training=s.nfe, skipped=s.skipped, heldout_prompts=len(held))
     if held: rep |= _compared(before, after, judge.name)
-    _write(out, d, rep | provenance(), s, before, after, run)
+    if s.rank == 0: _write(out, d, rep | provenance(), s, before, after, run)
     return rep
+
+def _digest(texts): return hashlib.sha256('\n'.join(texts).encode()).hexdigest()[:16]
+
+def _beside(out, about, watch, tracker, resume): # What runs beside the loop
+    more = [Tracker(tracker, out/'trackers')] if tracker else []
+    return [Checkpoint(out/'checkpoints', about, dict(provenance=provenance()), resume), Timer(), Alarms(watch, 10),
+            Progress(), Log(out/'metrics.jsonl'), *more]
+
+def _stopped(out, method, s):
+    print(f'{s.stop}: stopped after batch {s.k} of {s.run.steps}; go on with: sharpen train {method} --resume {out}')
+    return dict(method=method, stopped=s.stop, batches=s.k, heldout_prompts=0)
 
 def _compared(before, after, reward):
     return dict(before=report(before, reward), after=report(after, reward), delta=delta(before, after, reward),
@@ -138,7 +172,8 @@ def _write(out, model, rep, s, before, after, run):
     out.mkdir(parents=True, exist_ok=True)
     if run.rank: model.save_lora(out)
     else: model.save_pipeline(out/'model')
-    if s.history: curve(s.history, out/'reward_curve.png')
+    rows = [r for r in s.history if 'reward' in r]
+    if rows: curve(rows, out/'reward_curve.png')
     if before: before_after(before, after, out/'before_after.png', [*before.scores][-1])
     (out/'report.json').write_text(json.dumps(rep, indent=1)+'\n')
 
@@ -195,7 +230,7 @@ def rewards()->list: # One dict per reward: name, needs, usable, how
     both = {k: usable(k) for k in USES}
     return [dict(name=k, needs=e.needs, usable=both[k][0], how=both[k][1], exam_only=e.exam) for k, e in USES.items()]
 
-# %% ../nbs/7_commands/60_jobs.ipynb #e9c27a11
+# %% ../nbs/7_commands/60_jobs.ipynb #2c162049
 def demo(
     out:str='demo', # Folder for weights, log, pictures and report
     steps:int=100, # Batches of the training
@@ -203,7 +238,8 @@ def demo(
 )->dict: # The report
     "Sharpen the embedded model here and now: before, after, and what it took"
     print(f'RLHF-Diffusion-Sharpening of the embedded Shapes model; reward: CLIP score; {steps} batches, seed {seed}')
-    rep = train('rlhf', out=out, steps=steps, seed=seed)
+    rep = train('rlhf', out=out, steps=steps, seed=seed, resume=out if unfinished(Path(out)/'checkpoints') else None)
+    if 'stopped' in rep: return rep
     print(f"{table(rep)}\n{rep['seconds']:.0f} s; see before_after.png, reward_curve.png and report.json in {out}")
     return rep
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SFT_PRESETS', 'SFT', 'collect_sft', 'loss_sft']
 
-# %% ../../nbs/5_methods/41_sft.ipynb #e375b6e2
+# %% ../../nbs/5_methods/41_sft.ipynb #5c20e429
 import torch
 from dataclasses import dataclass
 from torch import Tensor
@@ -14,6 +14,7 @@ from .sharpening import (
     Batch, Sharpening, candidates, noise_targets, path_errors, path_mean, summary, values)
 from ..path_integral import argmax, pick, weights
 from ..schedules import add_noise, implied_eps, one_of, target
+from ..stages import stage
 from ..trajectories import START, fold, noise
 
 # %% ../../nbs/5_methods/41_sft.ipynb #4c73b857
@@ -44,19 +45,19 @@ SFT_PRESETS = dict(
     plain=dict(n=1, m=1),
     default=dict(branch='sde', score='final', target='end', n=4, m=3, S=16, late=.7))
 
-# %% ../../nbs/5_methods/41_sft.ipynb #320f480f
+# %% ../../nbs/5_methods/41_sft.ipynb #0865cdeb
 def collect_sft(cfg:SFT, model, reward, batch:Batch
                )->dict: # Lessons (states, times, targets), their weights `w`, and statistics in `log`
     "Choose what to learn from; no gradients"
-    c = candidates(cfg, model, batch)
-    if cfg.n == 1: R, end, nfe = torch.zeros(1, len(batch.prompts), device=model.device), c.tr.end, 0
-    else: R, end, nfe = values(cfg, model, reward, batch, c)
+    with stage('rollout'): c = candidates(cfg, model, batch)
+    if cfg.n == 1: R, end, nfe, ims = torch.zeros(1, len(batch.prompts), device=model.device), c.tr.end, 0, None
+    else: R, end, nfe, ims = values(cfg, model, reward, batch, c)
     best = argmax(R); w = weights(R, cfg.alpha if cfg.choose == 'softmax' else 0.)
     keep = range(cfg.n) if cfg.choose == 'softmax' else [None]
     get = lambda x, i, dim=0: pick(x, best, dim) if i is None else x.select(dim, i)
     lessons = [_lesson(cfg, model, batch, c, end, lambda x, dim=0: get(x, i, dim)) for i in keep]
     return dict(lessons=lessons, w=w if cfg.choose == 'softmax' else torch.ones_like(w[:1]), cond=batch.cond,
-                log=dict(summary(R), nfe=c.nfe+nfe))
+                images=ims, log=dict(summary(R), nfe=c.nfe+nfe))
 
 def _lesson(cfg, model, batch, c, end, get):
     sch = model.schedule
@@ -70,12 +71,12 @@ def _lesson(cfg, model, batch, c, end, get):
     eps = noise(fold(batch.seeds, 0x75), START, model.shape, x0.device)
     return dict(x=add_noise(sch, x0, eps, t), t=t, x0=x0)
 
-# %% ../../nbs/5_methods/41_sft.ipynb #20f6b50f
+# %% ../../nbs/5_methods/41_sft.ipynb #971ea193
 def loss_sft(cfg:SFT, model, lesson:dict,
              u:int=0 # Which update on this batch; they are all the same here
             )->tuple: # Scalar loss with gradient, and statistics
     "Denoising loss on what was chosen"
-    model = model.with_guidance(cfg.guidance)
+    model = model.with_guidance(1.)                    # guidance is for sampling; the network learns its own prediction
     per = torch.stack([_one_loss(cfg, model, o, lesson['cond']) for o in lesson['lessons']])
     return (lesson['w']*per).sum(0).mean(), {}
 

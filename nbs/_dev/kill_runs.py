@@ -1,0 +1,75 @@
+#!/usr/bin/env python
+"""Kill trainings at random moments, saves included, go on with them, and compare the bits: `python nbs/_dev/kill_runs.py --runs 200`
+
+Each run is a forked process that gets SIGKILL after a random delay, again and again until it comes to its end. It must end in the weights, averages,
+optimizer moments and history of the run that was left alone. The summary goes to data/results/kill_runs.json (not with --dry)."""
+import argparse, hashlib, json, os, random, signal, sys, tempfile, time
+from pathlib import Path
+import torch
+
+torch.set_num_threads(1)
+from diffusion_sharpening import jobs
+from diffusion_sharpening.models import Denoiser
+from diffusion_sharpening.rewards.base import Reward
+from diffusion_sharpening.tiny import tiny_sdxl
+from diffusion_sharpening.training.callbacks import Checkpoint, Log
+from diffusion_sharpening.training.checkpoints import checkpoints, load_checkpoint
+from diffusion_sharpening.training.loop import settings, train
+
+root = Path(__file__).resolve().parents[2]
+TEXTS = ['a cat', 'a dog', 'a tree', 'a house']
+
+class Bright(Reward):
+    name = 'bright'
+    def score(self, images, prompts): return images.mean((1, 2, 3))
+
+def run_once(model, out, steps):
+    "One sitting of a run, from its newest checkpoint to its end"
+    run, cfg = settings('rlhf', steps=steps, batch=2, S=3, n=2, rank=2, checkpoint_every=1)
+    beside = [Checkpoint(out/'checkpoints', dict(model='tiny', reward='bright'), resume=True), Log(out/'metrics.jsonl')]
+    train(Denoiser.from_pretrained(model, guidance=1., device='cpu'), 'rlhf', Bright(), TEXTS, run, cfg, callbacks=beside)
+
+def sitting(model, out, steps, delay):
+    "Run in a child; True if it came to its end before it was killed"
+    pid = os.fork()
+    if pid == 0:
+        sys.stdout = sys.stderr = open(os.devnull, 'w')
+        try: run_once(model, out, steps); os._exit(0)
+        except BaseException: os._exit(1)
+    if delay is not None: time.sleep(delay); os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status): raise SystemExit(f'a run in {out} failed by itself')
+    return os.WIFEXITED(status)
+
+def digest(out):
+    "The bits a run ended in: all tensors but the random states, the history and the counters"
+    tensors, record = load_checkpoint(checkpoints(out/'checkpoints')[-1])
+    h = hashlib.sha256()
+    for part in ('weights', 'optimizer'):
+        for k in sorted(tensors[part]): h.update(k.encode()); h.update(tensors[part][k].numpy().tobytes())
+    counts = {k: v for k, v in record['counts'].items() if k != 'seconds'}
+    h.update(json.dumps([record['history'], counts]).encode()); h.update((out/'metrics.jsonl').read_bytes())
+    return h.hexdigest()
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--runs', type=int, default=200); p.add_argument('--steps', type=int, default=6)
+    p.add_argument('--seed', type=int, default=0); p.add_argument('--dry', action='store_true', help='write no summary')
+    a = p.parse_args(); jobs.quiet(); rng, kills, same, t0 = random.Random(a.seed), 0, 0, time.time()
+    with tempfile.TemporaryDirectory() as d:
+        d = Path(d); tiny_sdxl(d/'model')
+        t = time.time(); sitting(d/'model', d/'whole', a.steps, None); length = time.time() - t
+        want = digest(d/'whole')
+        for i in range(a.runs):
+            out = d/f'run{i}'
+            while not sitting(d/'model', out, a.steps, rng.uniform(.05, 1.1)*length): kills += 1
+            same += digest(out) == want
+    line = f'{same} of {a.runs} runs ended bit-identical to the uninterrupted one; {kills} kills; {time.time()-t0:.0f} s'
+    print(line)
+    if not a.dry:
+        rep = dict(runs=a.runs, identical=same, kills=kills, batches=a.steps, seconds=round(time.time()-t0, 1), summary=line,
+                   command=f'python nbs/_dev/kill_runs.py --runs {a.runs} --steps {a.steps} --seed {a.seed}', **jobs.provenance())
+        (root/'data'/'results'/'kill_runs.json').write_text(json.dumps(rep, indent=1)+'\n')
+    sys.exit(same != a.runs)
+
+if __name__ == '__main__': main()

@@ -1,0 +1,115 @@
+"The engine from outside: killed and continued runs, signals, several processes, damaged checkpoints"
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest, torch
+from safetensors.torch import load_file
+
+pytest.importorskip('diffusers')
+from diffusion_sharpening.lora import lora_file
+from diffusion_sharpening.tiny import tiny_sdxl
+from diffusion_sharpening.training.checkpoints import checkpoints, load_checkpoint
+
+root = Path(__file__).resolve().parents[1]
+SHARPEN = [sys.executable, '-m', 'diffusion_sharpening']
+ENV = os.environ | dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES='', HF_HUB_OFFLINE='1')
+PROMPTS = ['a red circle', 'a blue square', 'a green star', 'a plain heart']
+
+
+@pytest.fixture(scope='module')
+def xl(tmp_path_factory):
+    "Folder of a tiny SDXL pipeline, and a file of prompts"
+    d = tmp_path_factory.mktemp('engine')
+    tiny_sdxl(d/'xl', words=PROMPTS); (d/'prompts.txt').write_text('\n'.join(PROMPTS))
+    return d
+
+
+def command(xl, out, *more, steps=3, batch=4, **settings):
+    "A training of the tiny pipeline as a command line"
+    pairs = [f'{k}={v}' for k, v in dict(batch=batch, n=2, S=3, rank=2, guidance=1, checkpoint_every=1, **settings).items()]
+    return [str(a) for a in (*SHARPEN, 'train', 'rlhf', '--model', xl/'xl', '--reward', 'clip@shapes', '--prompts', xl/'prompts.txt',
+                             '--out', out, '--heldout', 0, '--steps', steps, *more, '--set', *pairs)]
+
+
+def run(cmd): return subprocess.run(cmd, env=ENV, capture_output=True, text=True, timeout=240)
+
+
+def many(n, cmd):
+    "The same command in `n` processes that talk over gloo"
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
+    return run([*launch, *cmd[1:]])
+
+
+def apart(a, b):
+    "Largest difference of two LoRA files, relative to the largest weight that was trained from zero"
+    a, b = load_file(a/lora_file), load_file(b/lora_file)
+    assert a.keys() == b.keys()
+    size = max(v.abs().max() for k, v in a.items() if 'lora_B' in k)
+    return max((a[k]-b[k]).abs().max()/size for k in a).item()
+
+
+@pytest.fixture(scope='module')
+def alone(xl):
+    "A run of one process that was left alone"
+    r = run(command(xl, xl/'alone')); assert r.returncode == 0, r.stderr
+    return xl/'alone'
+
+
+def test_two_processes_equal_one(xl, alone):
+    r = many(2, command(xl, xl/'two')); assert r.returncode == 0, r.stderr[-2000:]
+    assert apart(alone, xl/'two') < 1e-3
+    one, two = [[json.loads(l) for l in (d/'metrics.jsonl').read_text().splitlines()] for d in (alone, xl/'two')]
+    assert [r['nfe'] for r in one] == [r['nfe'] for r in two]
+    assert one[0]['reward'] == pytest.approx(two[0]['reward'], abs=1e-5)
+
+
+def test_goes_on_with_another_number_of_processes(xl, alone):
+    r = many(2, command(xl, xl/'mixed', steps=2)); assert r.returncode == 0, r.stderr[-2000:]
+    r = run([*SHARPEN, 'train', 'rlhf', '--resume', str(xl/'mixed'), '--steps', '3']); assert r.returncode == 0, r.stderr
+    assert 'going on after batch 2' in r.stdout and apart(alone, xl/'mixed') < 1e-3
+
+
+def test_batch_that_cannot_be_shared(xl):
+    r = many(2, command(xl, xl/'odd', batch=3))
+    assert r.returncode != 0 and 'expected a multiple of the 2 processes, found 3' in r.stderr
+
+
+@pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_says_how_to_go_on(xl, alone, sig):
+    out = xl/f'signal{sig}'
+    p = subprocess.Popen(command(xl, out, steps=400), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = out/'metrics.jsonl'
+    for _ in range(1200):
+        if log.exists() and log.read_text(): break
+        time.sleep(.1)
+    p.send_signal(sig); said, err = p.communicate(timeout=120)
+    assert p.returncode == 0, err
+    assert f'sharpen train rlhf --resume {out}' in said and signal.Signals(sig).name in said
+    k = len(log.read_text().splitlines())
+    assert load_checkpoint(checkpoints(out/'checkpoints')[-1])[1]['counts']['k'] == k < 400
+
+
+def test_killed_and_damaged(xl, alone):
+    "SIGKILL, then the newest checkpoint loses a byte: the run goes on from the one before, and ends in the same bits"
+    out = xl/'killed'
+    p = subprocess.Popen(command(xl, out), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(1200):
+        if len(checkpoints(out/'checkpoints')) > 1 or p.poll() is not None: break
+        time.sleep(.02)
+    p.kill(); p.wait()
+    f = checkpoints(out/'checkpoints')[-1]/'optimizer.safetensors'; f.write_bytes(f.read_bytes()[:-1])
+    r = run([*SHARPEN, 'train', 'rlhf', '--resume', str(out)]); assert r.returncode == 0, r.stderr
+    assert 'trying the one before' in r.stdout
+    a, b = load_file(alone/lora_file), load_file(out/lora_file)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resume_refuses_another_run(xl, alone):
+    r = run([*SHARPEN, 'train', 'rlhf', '--resume', str(alone), '--steps', '4', '--set', 'lr=1e-3'])
+    assert r.returncode == 2 and 'resume: run.lr was 0.0005' in r.stderr and 'Traceback' not in r.stderr
+
+
+def test_random_kills(tmp_path):
+    "Two runs killed at random moments; nbs/_dev/kill_runs.py does two hundred"
+    r = run([sys.executable, str(root/'nbs'/'_dev'/'kill_runs.py'), '--runs', '2', '--steps', '3', '--dry'])
+    assert r.returncode == 0 and '2 of 2 runs ended bit-identical' in r.stdout, r.stdout + r.stderr
