@@ -6,7 +6,7 @@
 __all__ = ['CONFIG', 'STATS', 'near_miss', 'write_tokenizer', 'new_clip', 'clip_loss', 'reconstruct', 'train_clip', 'drawn_pairs',
            'pretrain']
 
-# %% ../../nbs/3_worlds/23_companion.ipynb #74e56135
+# %% ../../nbs/3_worlds/23_companion.ipynb #8622db35
 import json, random, shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +14,9 @@ import torch, torch.nn.functional as F
 from .pretrain import (
     encode_all, fit, kept, picks, to_unit, train_autoencoder, train_base)
 from .shapes import (
-    COLOURS, NON_SPATIAL, SHAPES, SIZES, SPATIAL, TEXTURES, Spec, dataset, parse)
+    COLOURS, NON_SPATIAL, SHAPES, SIZES, SPATIAL, TEXTURES, Spec, dataset, held_out, parse)
 
-# %% ../../nbs/3_worlds/23_companion.ipynb #566a8846
+# %% ../../nbs/3_worlds/23_companion.ipynb #371aae36
 _VALUES = dict(shape=SHAPES, colour=list(COLOURS), texture=TEXTURES, size=list(SIZES))
 _OPPOSITE = {'to the left of': 'to the right of', 'above': 'below',
              'bigger than': 'smaller than', 'inside': 'touching'}
@@ -35,15 +35,20 @@ def _swapped(rng, spec):
     k = rng.choice(ks)
     return Spec((replace(a, **{k: getattr(b, k)}), replace(b, **{k: getattr(a, k)}), *rest), spec.relation)
 
+def _miss(spec, rng):
+    u, out = rng.random(), None
+    if spec.relation and u < .5: out = replace(spec, relation=_OPPOSITE[spec.relation])
+    elif len(spec.things) > 1 and u < .7: out = _swapped(rng, spec)
+    return str(out or _changed(rng, spec))
+
 def near_miss(text:str, # A caption
               rng:random.Random # Source of chance
              )->str: # A caption that differs in one point, and is false where the first is true
-    "A hard negative of a caption"
-    spec = parse(text); u = rng.random()
-    out = None
-    if spec.relation and u < .45: out = replace(spec, relation=_OPPOSITE[spec.relation])
-    elif len(spec.things) > 1 and u < .7: out = _swapped(rng, spec)
-    return str(out or _changed(rng, spec))
+    "A hard negative of a caption, from the same split if twenty attempts find one"
+    spec, own = parse(text), held_out(text)
+    for _ in range(20):
+        if held_out(out := _miss(spec, rng)) == own: break
+    return out
 
 # %% ../../nbs/3_worlds/23_companion.ipynb #09ef6faa
 CONFIG = dict(
@@ -81,13 +86,13 @@ def new_clip(dir, # Folder that gets tokenizer and config
     cfg['text_cfg'].pop('hf_tokenizer_name'); torch.manual_seed(seed)
     return open_clip.model.CLIP(cfg['embed_dim'], cfg['vision_cfg'], cfg['text_cfg'])
 
-# %% ../../nbs/3_worlds/23_companion.ipynb #2d2c183c
+# %% ../../nbs/3_worlds/23_companion.ipynb #3178d176
 def clip_loss(ims:torch.Tensor, # uint8 pictures `(n, 3, 64, 64)`
               recon:torch.Tensor, # The same pictures through the autoencoder
               texts:list, # Captions
               tok, # open_clip tokenizer
-              batch:int=64, # Pairs per update
-              misses:int=2, # Near misses per caption
+              batch:int=48, # Pairs per update
+              misses:int=3, # Near misses per caption
               seed:int=0 # Of the run
              ): # `(net, k) -> scalar`
     "Loss function for `fit`: symmetric contrast with near misses"
@@ -99,11 +104,12 @@ def clip_loss(ims:torch.Tensor, # uint8 pictures `(n, 3, 64, 64)`
         words = [texts[i] for i in idx]
         wrong = [near_miss(w, rng) for _ in range(misses) for w in words]
         v = F.normalize(net.encode_image(x), dim=-1)
-        t = F.normalize(net.encode_text(tok(words + wrong)), dim=-1)
-        logits = net.logit_scale.clamp(max=4.6).exp()*v @ t.T
-        same = [[a == b and i != j for j, b in enumerate(words + wrong)] for i, a in enumerate(words)]
-        logits = logits.masked_fill(torch.tensor(same), -1e4); own = torch.arange(batch)
-        return .5*F.cross_entropy(logits, own) + .5*F.cross_entropy(logits[:, :batch].T, own)
+        t = F.normalize(net.encode_text(tok(words + wrong)), dim=-1).view(1+misses, batch, -1)
+        scale = net.logit_scale.clamp(max=4.6).exp(); own = torch.arange(batch)
+        same = torch.tensor([[a == b and i != j for j, b in enumerate(words)] for i, a in enumerate(words)])
+        logits, near = (scale*v @ t[0].T).masked_fill(same, -1e4), scale*(v*t).sum(-1).T
+        both = .5*F.cross_entropy(logits, own) + .5*F.cross_entropy(logits.T, own)
+        return both + F.cross_entropy(near, 0*own)
     return loss
 
 # %% ../../nbs/3_worlds/23_companion.ipynb #a3379ba5
@@ -117,12 +123,12 @@ def reconstruct(vae, # `AutoencoderKL`
     bytes8 = lambda y: ((y.clamp(-1, 1)+1)*127.5).round().to(torch.uint8).contiguous()
     return torch.cat([bytes8(one(x)) for x in ims.split(chunk)])
 
-# %% ../../nbs/3_worlds/23_companion.ipynb #7be719b7
+# %% ../../nbs/3_worlds/23_companion.ipynb #1cfe0811
 def train_clip(ims:torch.Tensor, # uint8 pictures `(n, 3, 64, 64)`
                recon:torch.Tensor, # The same pictures through the autoencoder
                texts:list, # Captions
                work, # Folder of the run; the model ends in `work/shapes-clip`
-               steps:int=1800 # Updates
+               steps:int=3500 # Updates
               ): # The trained model
     "Train the small CLIP"
     import open_clip
@@ -149,13 +155,13 @@ def drawn_pairs(n:int, # How many
     if len(ims) != n: raise ValueError(f'{words}: expected {n} pairs, found {len(ims)}; remove both files')
     return ims, json.loads(words.read_text())
 
-# %% ../../nbs/3_worlds/23_companion.ipynb #59873d59
+# %% ../../nbs/3_worlds/23_companion.ipynb #1dd13fcb
 def pretrain(work, # Folder of the run: pairs, latents, state files and logs
              out, # Folder that gets `shapes-sdxl` and `shapes-clip`
              pairs:int=60000, # Half of them from seed 0, half from seed 1
              vae_steps:int=4500, # Updates of the autoencoder
-             base_steps:int=4200, # Updates of U-Net and text encoders
-             clip_steps:int=1800 # Updates of the reward
+             base_steps:int=10000, # Updates of U-Net and text encoders
+             clip_steps:int=3500 # Updates of the reward
             ):
     "Train all embedded weights; started again after a stop, it goes on where it was"
     if pairs < 6: raise ValueError(f'pretrain: expected at least 6 pairs, found {pairs}')
