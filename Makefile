@@ -23,6 +23,7 @@ $(stamp): settings.ini constraints.txt setup.py
 	@echo "Installing (some GB the first time; a few minutes)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
 	@$(in_venv) uv pip install -q -c constraints.txt -e '.[dev]'
+	@$(in_venv) uv pip install -q --no-deps image-reward==1.5  # its pins exclude open_clip 3; only ImageReward(backend='package') uses it
 	@touch $@
 
 demo: $(stamp)  ## The main job: sharpen a text-to-image model here (options: make demo ARGS='--steps 100')

@@ -10,9 +10,9 @@ import argparse, inspect, json, os, sys
 from fastcore.docments import docments
 from .schedules import one_of
 
-# %% ../nbs/7_commands/61_cli.ipynb #643b8e1d
-COMMANDS = 'demo train sample evaluate methods rewards'.split()
-REPORTS = 'evaluate methods rewards'.split()  # Those that print what they found, as text or JSON
+# %% ../nbs/7_commands/61_cli.ipynb #198f123c
+COMMANDS = 'demo train sample evaluate score plan export push methods rewards'.split()
+REPORTS = 'evaluate score plan methods rewards'.split()  # Those that print what they found, as text or JSON
 
 class Parser(argparse.ArgumentParser):
     "A parser whose complaints are a `ValueError`"
@@ -26,10 +26,13 @@ def parser(name:str # One of `COMMANDS`
     p = Parser(f'sharpen {name}', description=f.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for k, o in inspect.signature(f).parameters.items():
         if o.kind == o.VAR_KEYWORD: continue
-        what = dict(help=(notes.get(k) or ' ').replace('%', '%%'), type=o.annotation)
+        what, flag = dict(help=(notes.get(k) or ' ').replace('%', '%%')), f"--{k.replace('_', '-')}"
+        if o.annotation is bool: p.add_argument(flag, default=o.default, action=argparse.BooleanOptionalAction, **what); continue
+        what |= dict(type=o.annotation if isinstance(o.annotation, type) else str)
+        if k == 'resume': what |= dict(nargs='?', const='')
         if o.default is o.empty: p.add_argument(k, **what)
-        else: p.add_argument(f"--{k.replace('_', '-')}", default=o.default, **what, **({'nargs': '?', 'const': ''} if k == 'resume' else {}))
-    if name == 'train':
+        else: p.add_argument(flag, default=o.default, **what)
+    if name in ('train', 'plan'):
         p.add_argument('--steps', type=int, help='Batches of the training')
         p.add_argument('--config', help='JSON file with settings of method and run')
         p.add_argument('--set', nargs='*', default=[], action='extend', metavar='KEY=VALUE', help='Settings, after those of the file')
@@ -43,25 +46,31 @@ def run(argv:list # Arguments without the program's name
     name = one_of(argv[0], COMMANDS, 'command')
     from diffusion_sharpening import jobs
     a = vars(parser(name).parse_args(argv[1:])); as_json = a.pop('json', False)
-    if name == 'train':
-        file, pairs, steps = a.pop('config'), a.pop('set'), a.pop('steps')
-        typed = {} if steps is None else dict(steps=steps)
-        more = (jobs.read_config(file) if file else {}) | typed | jobs.parse_settings(pairs)
-        if a['resume'] == '': a['resume'] = a['out']     # --resume alone: the run in --out
-        for k in more.keys() & a.keys():
-            raise ValueError(f'setting {k!r}: expected one of the method or the run; give it as --{k}')
-        a |= more
+    if 'set' in a: a |= _settings(a)
+    if a.get('resume') == '': a['resume'] = a['out']     # --resume alone: the run in --out
     res = getattr(jobs, name)(**a)
     if os.environ.get('RANK', '0') != '0': return 0   # one of several processes: the first one speaks
     if name == 'train' and res['heldout_prompts']: print(jobs.table(res))
     elif name in REPORTS: print(json.dumps(res, indent=1) if as_json else lines(name, res))
     elif name == 'sample': print(f'{res}/grid.png')
+    elif name in ('export', 'push'): print(res if name == 'export' else json.dumps(res, indent=1))
     return 0
+
+def _settings(a): # Settings of the method and the run, out of the arguments
+    file, pairs, steps = a.pop('config'), a.pop('set'), a.pop('steps')
+    from diffusion_sharpening import jobs
+    typed = {} if steps is None else dict(steps=steps)
+    more = (jobs.read_config(file) if file else {}) | typed | jobs.parse_settings(pairs)
+    for k in more.keys() & a.keys():
+        raise ValueError(f'setting {k!r}: expected one of the method or the run; give it as --{k}')
+    return more
 
 def lines(name, res)->str:
     "What a command found, for people"
     if name == 'methods': return '\n'.join(f"{m['name']:8}{m['about']} (presets: {', '.join(m['presets'])})" for m in res)
     if name == 'rewards': return '\n'.join(f"{r['name']:10}{r['how'] or 'usable'}; {r['needs']}" for r in res)
+    if name == 'plan': from diffusion_sharpening.training.plan import plan_table; return plan_table(res)
+    if name == 'score': return '\n'.join(f'{k:22} {v}' for k, v in res.items())
     rows = {'reward': res['reward'], **{f'checker, {k}': v for k, v in res.get('checker', {}).items()}}
     from diffusion_sharpening.evaluation.metrics import shown
     return '\n'.join(f"{k:22} {shown(v)}" for k, v in rows.items())

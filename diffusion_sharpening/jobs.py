@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'quiet', 'load_model', 'parse_settings', 'read_config', 'output_folder', 'provenance', 'judges', 'train',
-           'sample', 'evaluate', 'methods', 'rewards', 'demo', 'table']
+           'sample', 'evaluate', 'score', 'methods', 'rewards', 'demo', 'table']
 
-# %% ../nbs/7_commands/60_jobs.ipynb #24a486f3
+# %% ../nbs/7_commands/60_jobs.ipynb #9350a8b0
 import diffusion_sharpening, hashlib, json, os, platform, subprocess, time, torch
 from pathlib import Path
 from dataclasses import asdict
@@ -14,14 +14,19 @@ from importlib.metadata import PackageNotFoundError, version
 from .data import prompt_set, shapes_pairs
 from .evaluation.metrics import before_after, curve, delta, evaluate as measure, report, shown
 from .methods.catalog import METHODS, method as find_method, settings_table
+from .latents import Latents, latents_dir
 from .models import Denoiser
+from .pairs import image_pairs
 from .rewards.base import USES, load_reward, usable
+from .rewards.score import score_folder
 from .training.callbacks import (
     Alarms, Checkpoint, Log, Progress, Timer, Tracker, save_grid, unfinished)
+from .training.interchange import export, push
 from .training.loop import Run, settings, train as fit
+from .training.plan import plan
 from .worlds.embedded import EMBEDDED, model_path
 
-# %% ../nbs/7_commands/60_jobs.ipynb #2df27c1f
+# %% ../nbs/7_commands/60_jobs.ipynb #c8bc8251
 def quiet():
     "Keep the loading bars of diffusers and transformers out of the way"
     import diffusers, transformers
@@ -49,7 +54,7 @@ def parse_settings(pairs:list # `key=value` texts
     for p in pairs or []:
         k, eq, v = p.partition('=')
         if not eq or not k: raise ValueError(f'--set: expected key=value, found {p!r}')
-        try: out[k] = json.loads(v)
+        try: out[k] = json.loads(f'0{v}' if v[:1] == '.' else v)
         except json.JSONDecodeError: out[k] = v
     return out
 
@@ -86,7 +91,7 @@ def _commit():
     except OSError: return None
     return git.stdout.strip() or None
 
-# %% ../nbs/7_commands/60_jobs.ipynb #bfdcb463
+# %% ../nbs/7_commands/60_jobs.ipynb #1758fc0e
 def judges(reward, prompts)->dict: # Name → reward
     "The trained reward, and the exam if the prompts are captions of Shapes"
     out = {reward.name: reward}
@@ -94,27 +99,30 @@ def judges(reward, prompts)->dict: # Name → reward
     except ValueError: return out
     return out | dict(checker=load_reward('checker', train=False))
 
-def _images(model, name, prompts): # Prompts and latents for methods that learn from pictures
-    if name not in EMBEDDED:
-        raise ValueError('train: this method learns from image-caption pairs, so far those of embedded models only')
-    ims, texts = shapes_pairs(2400)
-    return texts, model.latents(ims, chunk=32)
+def _images(model, source, run): # Captions and latents for methods that learn from pictures
+    if source == 'shapes':
+        ims, texts = shapes_pairs(2400)
+        return texts, model.latents(ims, chunk=32)
+    step = model.pipe.vae_scale_factor*2**(len(model.policies.net.config.block_out_channels)-1)
+    ps = image_pairs(source, model.size[0] if run.buckets else model.size, run.buckets, step)
+    return ps.captions, Latents(ps, model, latents_dir())
 
 def train(
     method:str, # Method: see `sharpen methods`
     model:str='shapes', # `shapes` (embedded), a folder, or a name on the Hugging Face Hub
     reward:str='clip', # Reward: name, name@weights or name:weight,… (see `sharpen rewards`)
-    prompts:str='shapes', # `shapes`, or a text file with one prompt per line
+    prompts:str='shapes', # `shapes`, a file (txt, jsonl, csv, parquet; FILE:COLUMN), or hf:owner/name:column
     out:str='runs/latest', # Folder for weights, checkpoints, log, pictures and report
     preset:str='default', # Preset of the method
     heldout:int=240, # Prompts of the evaluation before and after; 0: none
     S_eval:int=20, # Sampler steps of the evaluation
     tracker:str=None, # Tracker of accelerate: tensorboard, wandb, …
+    images:str=None, # Pairs for methods that learn from pictures: folder, file or hf:owner/name; None: of Shapes
     resume:str=None, # Go on with the run in this folder, with the settings it was started with
     **changes # Settings of the method or the run
 )->dict: # The report, as written to `out/report.json`; a run that was asked to stop only says where it is
     "Fine-tune a model and report what changed"
-    asked = dict(method=method, model=model, reward=reward, prompts=prompts, preset=preset, heldout=heldout,
+    asked = dict(method=method, model=model, reward=reward, prompts=prompts, images=images, preset=preset, heldout=heldout,
                  S_eval=S_eval, tracker=tracker, changes=changes)
     if resume: out, asked = resume, _asked_before(resume, asked)
     return _train(output_folder(out), bool(resume), **asked)
@@ -128,17 +136,19 @@ def _asked_before(folder, now): # What the run was started with; single settings
     return was | dict(changes=was['changes'] | now['changes'])
 
 def _train(out, resume, **asked):
-    method, model, reward, prompts, preset, heldout, S_eval, tracker, changes = asked.values()
+    method, model, reward, prompts, source, preset, heldout, S_eval, tracker, changes = asked.values()
     if heldout < 0: raise ValueError(f'heldout: expected at least 0 prompts, found {heldout}')
     if S_eval < 1: raise ValueError(f'S_eval: expected at least one sampler step, found {S_eval}')
     run, cfg = settings(method, preset, **changes)
+    if cfg.needs_images and not source and model not in EMBEDDED:
+        raise ValueError(f'images: {method} with branch {cfg.branch!r} learns from image-caption pairs; name them with --images')
     texts, judge = prompt_set(prompts, seed=run.seed), load_reward(reward, model if model in EMBEDDED else None)
     held = prompt_set('shapes', heldout, 'heldout', 1) if prompts == 'shapes' and heldout else texts[:heldout]
     d, images = load_model(model), None
-    if cfg.needs_images: texts, images = _images(d, model, texts)
+    if cfg.needs_images: texts, images = _images(d, source or 'shapes', run)
     exam, t0 = judges(judge, held or texts[:1]), time.time()
     before = measure(d, held, exam, S_eval) if held else None
-    about = dict(method=method, model=model, reward=reward, prompts=_digest(texts))
+    about = dict(method=method, model=model, reward=reward, images=source, prompts=_digest(texts))
     beside = _beside(out, about, exam.get('checker'), tracker, resume)
     out.mkdir(parents=True, exist_ok=True)
     (out/'run.json').write_text(json.dumps(asked, indent=1)+'\n')
@@ -219,6 +229,18 @@ def evaluate(
     return dict(model=model, lora=lora, judge=reward, heldout_prompts=len(texts), S=S, guidance=d.guidance,
                 nfe_per_image=e.nfe, **report(e, r.name))
 
+# %% ../nbs/7_commands/60_jobs.ipynb #6c6cdcfe
+def score(
+    reward:str='clip', # Reward: as for `train`
+    images:str='', # Folder of pictures
+    prompts:str='', # Text file with one prompt per line, or CSV with the columns file and prompt
+    out:str='scores', # Folder for scores.json, scores.csv and a journal; the same call goes on after a stop
+    batch:int=16 # Pictures at once
+)->dict: # The summary
+    "Score the pictures of a folder"
+    if not images or not prompts: raise ValueError('score: expected --images FOLDER and --prompts FILE')
+    return score_folder(reward, images, prompts, out, batch)
+
 # %% ../nbs/7_commands/60_jobs.ipynb #edf89f20
 def methods()->list: # One dict per method: name, about, presets, settings
     "The methods, their presets and settings"
@@ -230,10 +252,10 @@ def rewards()->list: # One dict per reward: name, needs, usable, how
     both = {k: usable(k) for k in USES}
     return [dict(name=k, needs=e.needs, usable=both[k][0], how=both[k][1], exam_only=e.exam) for k, e in USES.items()]
 
-# %% ../nbs/7_commands/60_jobs.ipynb #2c162049
+# %% ../nbs/7_commands/60_jobs.ipynb #f34d3804
 def demo(
     out:str='demo', # Folder for weights, log, pictures and report
-    steps:int=100, # Batches of the training
+    steps:int=80, # Batches of the training
     seed:int=0 # All chance of the run
 )->dict: # The report
     "Sharpen the embedded model here and now: before, after, and what it took"

@@ -197,14 +197,14 @@ def read_lora(
     weights = {k.removeprefix('unet.'): v for k, v in weights.items()}
     return weights, rank, meta.get('unet.lora_alpha', rank)
 
-# %% ../nbs/2_models/11_lora.ipynb #f7704344
+# %% ../nbs/2_models/11_lora.ipynb #f12950ae
 def _check_fit(net, weights):  # Do these adapters fit the layers of `net` that they name?
     layers = dict(net.named_modules())
     for k, v in weights.items():
         layer, side = k.split('.lora_')
         base = getattr(layers.get(layer), 'base_layer', layers.get(layer))
         shape = tuple(base.weight.shape) if hasattr(base, 'weight') else ()
-        if len(shape) != 2 or v.shape['A' in side] != shape['A' in side]:
+        if len(shape) < 2 or v.ndim != len(shape) or v.shape['A' in side] != shape['A' in side]:  # linear, or a 1 × 1 convolution
             raise ValueError(f'LoRA: made for another model: {k} is {tuple(v.shape)}, the layer '
                              + (f'is {shape}' if shape else 'does not exist'))
         if f'{layer}.lora_{"B" if "A" in side else "A"}.weight' not in weights:

@@ -18,7 +18,7 @@ from ..schedules import add_noise, one_of
 from ..stages import stage
 from ..trajectories import START, fold, noise
 
-# %% ../../nbs/5_methods/42_rlhf.ipynb #daf65ed4
+# %% ../../nbs/5_methods/42_rlhf.ipynb #13f0f91e
 @dataclass
 class RLHF(Sharpening):
     "RLHF-Diffusion-Sharpening: learn from preferences among the model's own trajectories"
@@ -28,7 +28,7 @@ class RLHF(Sharpening):
     gap: str = 'inside'       # The reward gap: inside the logistic, or outside (released code)
     anchor: str = 'path'      # Reference measured along the path, or at the first state (released code)
     updates: int = 1          # Gradient updates per collected batch
-    old_rate: float = .05     # How fast the old policy follows, of contrast
+    old_rate: float = .3      # How fast the old policy follows, of contrast
 
     def __post_init__(self):
         super().__post_init__()

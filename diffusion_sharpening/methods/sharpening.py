@@ -96,7 +96,7 @@ def starts(cfg, schedule, grid, seeds): # `(m+1, B)` times of a path for each pr
     if cfg.times == 'grid': return path_times(grid, (lo + u % (hi-lo)).to(dev), cfg.m)
     return stride_times((u % schedule.T).to(dev), schedule.T//S, cfg.m)
 
-# %% ../../nbs/5_methods/40_sharpening.ipynb #c6447607
+# %% ../../nbs/5_methods/40_sharpening.ipynb #5b74a2f1
 def images_of(cfg, model, batch, own): # Latents `(n or 1, B, C, H, W)`, their start noise, evaluations
     "The images that candidates start from: those of the batch, or the model's own"
     if batch.x0 is not None: return batch.x0[None].float(), None, 0
@@ -118,7 +118,7 @@ def candidates(cfg:Sharpening, # Settings
     if cfg.branch == 'coupled': x, eps = add_noise(sch, x0, z, ts[0]), z
     elif cfg.branch == 'noise': x, eps = branch('noise', sch, x0[0], ts[0], seeds.to(x0.device))
     else:
-        z = noise(fold(batch.seeds, 0x73), START, model.shape, x0.device)
+        z = noise(fold(batch.seeds, 0x73), START, x0.shape[-3:], x0.device)
         x, eps = branch('sde', sch, add_noise(sch, x0[0], z, ts[0]), None, seeds)
     eta = cfg.eta if cfg.branch == 'sde' else 0.
     tr = rollout(model.predict, sch, x, ts[:, None].expand(-1, cfg.n, -1), batch.cond, eta, seeds)

@@ -6,8 +6,8 @@
 __all__ = ['USES', 'RewardError', 'NonFinite', 'as_images', 'Reward', 'finite_scores', 'Entry', 'entry', 'usable', 'Mixture',
            'load_reward']
 
-# %% ../../nbs/4_rewards/30_protocol.ipynb #af1c2963
-import importlib, re
+# %% ../../nbs/4_rewards/30_protocol.ipynb #946e5157
+import importlib
 from dataclasses import dataclass
 from difflib import get_close_matches
 import torch
@@ -65,7 +65,7 @@ def finite_scores(name:str, # Of the reward
         raise NonFinite(f'{name}: {len(bad)} of {n} scores are not finite, the first for picture {bad[0]}')
     return scores
 
-# %% ../../nbs/4_rewards/30_protocol.ipynb #3e0e0078
+# %% ../../nbs/4_rewards/30_protocol.ipynb #a1fe87c8
 @dataclass(frozen=True)
 class Entry:
     "A reward that can be asked for by name"
@@ -74,25 +74,30 @@ class Entry:
     modules: tuple = () # Python modules that must be there
     hint: str = '' # The command that makes it usable
     exam: bool = False # For evaluation only?
+    embedded: bool = False # Are there small weights for the embedded world?
 
 USES = dict(
-    clip=Entry('clip:CLIPScore', 'an open_clip model: shapes (embedded), or ViT-L-14-quickgelu/openai',
-               ('open_clip',), 'pip install open_clip_torch'),
-    image_reward=Entry('image_reward:ImageReward', 'zai-org/ImageReward, or the path of ImageReward.pt'),
-    compositional=Entry('image_reward:Compositional', 'the three checkpoints of comin/IterComp, or their folder'),
-    aesthetic=Entry('aesthetic:Aesthetic', 'the LAION v2 head (a file) and CLIP ViT-L/14',
-                    ('open_clip',), 'pip install open_clip_torch'),
+    clip=Entry('clip:CLIPScore', 'shapes (embedded), a folder, ViT-L-14-quickgelu/openai (default) or model/path; #scale=100',
+               ('open_clip',), 'pip install open_clip_torch', embedded=True),
+    image_reward=Entry('image_reward:ImageReward', 'zai-org/ImageReward (1.8 GB) and the bert-base-uncased tokenizer, '
+                       'or a folder with ImageReward.pt and vocab.txt'),
+    compositional=Entry('image_reward:Compositional', 'the three checkpoints of comin/IterComp and the '
+                        'bert-base-uncased tokenizer, or their folder'),
+    aesthetic=Entry('aesthetic:Aesthetic', 'the LAION v2 head and CLIP ViT-L/14 (both downloaded), or a folder of fit_aesthetic',
+                    ('open_clip',), 'pip install open_clip_torch', embedded=True),
     hps=Entry('human:HPS', 'xswu/HPSv2 (HPS_v2.1_compressed.pt), or its path',
               ('open_clip',), 'pip install open_clip_torch'),
-    pickscore=Entry('human:PickScore', 'yuvalkirstain/PickScore_v1, or its folder'),
-    vqa=Entry('vqa:VQAScore', 'any image-text-to-text model of transformers: hub name or folder'),
-    blip_vqa=Entry('blip_vqa:BlipVQA', 'Salesforce/blip-vqa-capfilt-large, or its folder'),
-    spatial=Entry('spatial:Spatial', 'google/owlv2-base-patch16-ensemble, or its folder',
-                  ('scipy',), "pip install 'diffusion_sharpening[detect]'"),
-    mllm=Entry('mllm:MLLMGrader', 'an OpenAI-compatible server: mllm@http://host:port/v1#model',
-               ('openai',), "pip install 'diffusion_sharpening[mllm]'"),
-    preference=Entry('preference:Preference', 'shapes (embedded), or a folder written by fit_preference'),
+    pickscore=Entry('human:PickScore', 'yuvalkirstain/PickScore_v1 and the tokenizer of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, or a folder'),
+    vqa=Entry('vqa:VQAScore', 'any image-text-to-text model of transformers (default llava-hf/llava-1.5-7b-hf)'),
+    vqa_yes_no=Entry('vqa:VQAYesNo', 'as vqa; P(yes)/(P(yes)+P(no))'),
+    blip_vqa=Entry('blip_vqa:BlipVQA', "Salesforce/blip-vqa-capfilt-large, its folder, or the authors' .pth"),
+    spatial=Entry('spatial:Spatial', 'google/owlv2-base-patch16-ensemble, or its folder'),
+    mllm=Entry('mllm:MLLMGrader', 'shapes (embedded, served here), or an OpenAI-compatible server: '
+               'mllm@http://host:port/v1#model',
+               ('openai',), "pip install 'diffusion_sharpening[mllm]'", embedded=True),
+    preference=Entry('preference:Preference', 'shapes (embedded), or a folder written by fit_preference', embedded=True),
     remote=Entry('remote:Remote', 'a scoring server: remote@http://host:port/score'),
+    own=Entry('own:Own', 'a function (images, prompts) → scores: my_module:function or file.py:function'),
     checker=Entry('checker:Checker', 'nothing; pictures and captions of Shapes', exam=True))
 
 def entry(name:str # A name in `USES`
@@ -110,7 +115,7 @@ def usable(name:str # A name in `USES`
     missing = [m for m in e.modules if importlib.util.find_spec(m) is None]
     return not missing, (f"needs {', '.join(missing)}: {e.hint}" if missing else '')
 
-# %% ../../nbs/4_rewards/30_protocol.ipynb #dbbdf9e0
+# %% ../../nbs/4_rewards/30_protocol.ipynb #2d88d4e5
 class Mixture(Reward):
     "Several rewards with weights; a call gives the weighted sum of their raw scores"
     def __init__(self,
@@ -125,16 +130,16 @@ class Mixture(Reward):
         "Weighted sum of the raw scores, `(B,)`"
         return torch.stack([w*r(images, prompts) for r, w in zip(self.rewards, self.weights)]).sum(0)
 
-def load_reward(spec:str, # `name`, `name@weights`, or `name:weight,name:weight…`
+def load_reward(spec:str, # `name`, `name@weights`, `module:function`, `name:weight,name:weight…`, `borda(…)`
                 world:str=None, # Embedded world whose weights are meant where none are named, e.g. `shapes`
                 train:bool=True # Is it going to be trained on?
                )->Reward: # ValueError if it cannot be had, with what to do about it
     "Make a reward from its name"
-    form = re.compile(r'([\w-]+)(!?)(?:@([^:,]+))?(?::([\d.eE+-]+))?')
-    parts = [form.fullmatch(s.strip()) for s in spec.split(',')]
-    if not all(parts): raise ValueError(f"reward {spec!r}: expected name, name@weights or name:weight,…")
-    made = [_load(m.group(1), m.group(2), m.group(3) or world, train) for m in parts]
-    return made[0] if len(made) == 1 else Mixture(made, [float(m.group(4) or 1) for m in parts])
+    from diffusion_sharpening.rewards.combined import Combined
+    from diffusion_sharpening.rewards.own import parse_spec
+    how, parts = parse_spec(spec)
+    made = [_load(p.name, p.forced, p.which or (world if entry(p.name).embedded else None), train) for p in parts]
+    return made[0] if len(made) == 1 and parts[0].weight == 1 else Combined(made, [p.weight for p in parts], how)
 
 def _load(name, forced, which, train):
     e = entry(name)

@@ -6,11 +6,12 @@
 __all__ = ['ATTENTION', 'LINEAR', 'Run', 'settings', 'TrainingError', 'Callback', 'State', 'prepare', 'batch_of', 'check_start',
            'stopping', 'train']
 
-# %% ../../nbs/6_training/51_loop.ipynb #b79517c0
+# %% ../../nbs/6_training/51_loop.ipynb #348df010
 import signal, threading, time, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from ..data import rows
+from ..latents import conditioning, dropped
 from ..methods.catalog import method as find_method
 from ..methods.sharpening import Batch, check_kinds, configure
 from ..rewards.base import NonFinite
@@ -18,7 +19,7 @@ from ..schedules import one_of
 from ..stages import stage
 from ..trajectories import START, fold, noise
 
-# %% ../../nbs/6_training/51_loop.ipynb #d8d30690
+# %% ../../nbs/6_training/51_loop.ipynb #4af13a34
 ATTENTION = ('to_q', 'to_k', 'to_v', 'to_out.0')
 LINEAR = (*ATTENTION, 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2', 'time_emb_proj')
 
@@ -33,6 +34,8 @@ class Run:
     layers: str = 'linear'  # What LoRA adapts: attention, or linear for all of the transformers' and the time's layers
     clip: float = 1.        # Largest gradient norm
     ema: float = .95        # Moving average of the weights that is kept at the end; 0: the last weights
+    drop: float = 0.        # Share of captions left out in training, for classifier-free guidance
+    buckets: bool = False   # Pictures in several shapes of about the same area, one shape per batch
     seconds: float = 0.     # Start no batch after this wall time; 0: no limit
     patience: int = 10      # Stop after so many skipped updates in a row
     checkpoint_every: int = 50  # Batches between two checkpoints; 0: none
@@ -42,6 +45,7 @@ class Run:
     def __post_init__(self):
         for k, lo in (('steps', 0), ('batch', 1), ('rank', 0), ('patience', 1), ('checkpoint_every', 0), ('keep', 1)):
             if getattr(self, k) < lo: raise ValueError(f'{k}: expected at least {lo}, found {getattr(self, k)}')
+        if not 0 <= self.drop < 1: raise ValueError(f'drop: expected a share from 0 to below 1, found {self.drop}')
         if not self.lr > 0: raise ValueError(f'lr: expected a positive number, found {self.lr}')
         one_of(self.layers, ['attention', 'linear'], 'layers')
 
@@ -56,7 +60,7 @@ def settings(name:str, # Of the method
     rest = {k: v for k, v in changes.items() if k in mine}
     return Run(**{k: v for k, v in changes.items() if k in own}), configure(m.settings, m.presets, preset, **rest)
 
-# %% ../../nbs/6_training/51_loop.ipynb #0f94af05
+# %% ../../nbs/6_training/51_loop.ipynb #7d5b4b8b
 class TrainingError(RuntimeError):
     "A run that cannot go on"
 
@@ -96,12 +100,14 @@ def prepare(model, run:Run, m, cfg):
 def batch_of(model, prompts, run, k, images, rank=0, world=1): # `Batch` of update `k`
     "Prompts, conditioning, seeds and pictures of one update; with several processes, this one's share of them"
     mine = slice(rank*run.batch//world, (rank+1)*run.batch//world)
-    i = rows(len(prompts), run.batch, run.seed, k)[mine]
-    texts = [prompts[j] for j in i]
+    drawn = images.rows(run.batch, run.seed, k) if hasattr(images, 'rows') else rows(len(prompts), run.batch, run.seed, k)
+    i = drawn[mine]; texts = [prompts[j] for j in i]
+    sizes = images.sizes(i) if hasattr(images, 'sizes') else None
+    cond = conditioning(model, texts, sizes, dropped(run.batch, run.drop, run.seed, k)[mine])
     x0 = None if images is None else images[i].to(model.device)
-    return Batch(texts, model.encode(texts), fold(fold(run.seed, k), torch.arange(run.batch)[mine]), x0)
+    return Batch(texts, cond, fold(fold(run.seed, k), torch.arange(run.batch)[mine]), x0)
 
-# %% ../../nbs/6_training/51_loop.ipynb #b95f1e5d
+# %% ../../nbs/6_training/51_loop.ipynb #84ee015a
 @torch.no_grad()
 def check_start(model, batch:Batch, tol:float=2e-2): # `TrainingError` says what is not as it must be
     "Policy equals reference, and batched equals single; relative to the size of the output"
@@ -131,7 +137,7 @@ def train(model, # `Denoiser` without adapters
           reward, # What to follow
           prompts:list, # Training prompts
           run:Run=None, cfg=None, # Settings; None: the defaults
-          images=None, # Latents `(N, C, H, W)` of the prompts' pictures, for methods that need them
+          images=None, # Latents of the prompts' pictures, `(N, C, H, W)` or `Latents`, for methods that need them
           callbacks=() # Beside the loop
          )->State: # `model` carries the trained weights as adapter `policy` (or `ema` copied into it)
     "Fine-tune a model; `TrainingError` if it cannot go on"

@@ -1,0 +1,75 @@
+#!/usr/bin/env python
+"Train `data/shapes-preference` and fit `data/shapes-aesthetic`, both on the towers of `data/shapes-clip`; started again after a stop, it goes on"
+import argparse, json, platform, time
+from pathlib import Path
+import torch
+from diffusion_sharpening.rewards.aesthetic import digest, fit_aesthetic, rated_shapes
+from diffusion_sharpening.rewards.clip import CLIPScore, find_clip
+from diffusion_sharpening.rewards.preference import fit_preference, pair_accuracy, shapes_pairs
+from diffusion_sharpening.worlds.checker import by_category, check
+from diffusion_sharpening.worlds.companion import reconstruct
+from diffusion_sharpening.worlds.embedded import weights
+from diffusion_sharpening.worlds.pretrain import kept
+
+def choices(n, work, vae):
+    "Training pairs, drawn once; both pictures of every fourth pair have been through the autoencoder"
+    words = work/f'pairs-{n}.json'
+    def draw():
+        pairs, p = shapes_pairs(n)
+        texts, *sides = zip(*pairs)
+        sides = [torch.stack(s) for s in sides]
+        for s in sides: s[::4] = reconstruct(vae, s[::4])
+        words.write_text(json.dumps(texts))
+        return dict(better=sides[0], worse=sides[1], p=p)
+    o = kept(words.with_suffix('.safetensors'), draw)
+    return list(zip(json.loads(words.read_text()), o['better'], o['worse']))
+
+def ranks(v): return (v[:, None] > v).double().sum(1) + .5*(v[:, None] == v).double().sum(1)
+def rank_correlation(a, b): return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
+
+def with_checker(reward, pairs):
+    "Rank correlation with the checker over both pictures of pairs, overall and by category"
+    texts = [o[0] for o in pairs]*2
+    ims = torch.stack([o[side] for side in (1, 2) for o in pairs]).float()/255
+    with torch.no_grad(): r = reward(ims, texts)
+    a, b = by_category(r, texts), by_category(truth := check(ims, texts), texts)
+    return dict(overall=rank_correlation(r, truth)) | {k: rank_correlation(a[k], b[k]) for k in a}
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--pairs', type=int, default=6000, help="choices to train on (default %(default)s)")
+    p.add_argument('--steps', type=int, default=800, help="updates (default %(default)s)")
+    p.add_argument('--test', type=int, default=600, help="choices about held-out captions to test on (default %(default)s)")
+    p.add_argument('--rated', type=int, default=2000, help="rated pictures for the aesthetic head (default %(default)s)")
+    p.add_argument('--out', default='data', help="folder that gets the weights and results/rewards-preference.json")
+    p.add_argument('--work', default='runs/preference', help="folder of the run: pairs, state file and log")
+    args = p.parse_args()
+    from diffusers import AutoencoderKL
+    torch.set_num_threads(1)
+    work, out, start = Path(args.work), Path(args.out), time.time()
+    work.mkdir(parents=True, exist_ok=True)
+    vae = AutoencoderKL.from_pretrained(weights('shapes-sdxl')/'vae').eval()
+    pairs = choices(args.pairs, work, vae)
+    drawn = time.time()
+    clip = digest(find_clip('shapes')[2])
+    state = work/f'state-{clip[:8]}-{args.pairs}-{args.steps}'        # a CLIP trained again starts a new run
+    judge = fit_preference(pairs, out/'shapes-preference', steps=args.steps, state=state)
+    fitted = time.time()
+    rated, stars, _ = rated_shapes(args.rated)
+    taste = fit_aesthetic(out/'shapes-aesthetic', rated, stars, 'shapes')
+    held, prob = shapes_pairs(args.test, 1, 'heldout')
+    new, true, texts = rated_shapes(max(12, args.test//2), 1, 'heldout')
+    result = dict(
+        command=f'python nbs/_dev/preference_weights.py --pairs {args.pairs} --steps {args.steps}',
+        machine=platform.processor() or platform.machine(), torch=torch.__version__, threads=1, clip_sha256=clip,
+        possible=torch.maximum(prob, 1-prob).mean().item(),
+        held_out_captions={r.name: pair_accuracy(r, held) for r in (judge, CLIPScore('shapes'))},
+        held_out_prompts_of_training=judge.note['held_out'], checker=with_checker(judge, held[:240]),
+        aesthetic=dict(rank_correlation_with_ratings=rank_correlation(taste(new, texts), true),
+                       checker=with_checker(taste, held[:240])),
+        seconds=dict(pairs=round(drawn-start, 1), training=round(fitted-drawn, 1)))
+    (out/'results').mkdir(parents=True, exist_ok=True)
+    (out/'results'/'rewards-preference.json').write_text(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1))
+
+if __name__ == '__main__': main()

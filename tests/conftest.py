@@ -1,0 +1,16 @@
+"Slow tests (full-size models, servers, long runs) run only when asked for: `pytest --slow`, or `-m slow`"
+import pytest
+
+
+def pytest_addoption(parser): parser.addoption('--slow', action='store_true', help='run slow tests too')
+
+
+def pytest_configure(config): config.addinivalue_line('markers', 'slow: takes minutes or gigabytes; left out unless asked for')
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption('--slow') or 'slow' in (config.option.markexpr or ''): return
+    slow = [i for i in items if 'slow' in i.keywords]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [i for i in items if 'slow' not in i.keywords]
