@@ -91,7 +91,7 @@ class Tracker(Callback):
     def close(self):
         if hasattr(self, 'acc'): self.acc.end_training()
 
-# %% ../../nbs/6_training/53_callbacks.ipynb #4ee94137
+# %% ../../nbs/6_training/53_callbacks.ipynb #0ab9b1d6
 FREE = ('steps', 'seconds', 'checkpoint_every', 'keep', 'patience')  # Settings that may differ when a run goes on
 
 def identity(s, about:dict)->dict:
@@ -152,7 +152,7 @@ class Checkpoint(Callback):
         if not self.resume and s.rank == 0: shutil.rmtree(self.folder, ignore_errors=True)
         path = latest(self.folder) if self.resume else None
         if path: restore(s, *load_checkpoint(path), self.about); self.saved = s.k
-        if path and s.rank == 0: print(f'going on after batch {s.k}, from {path}')
+        if path and s.rank == 0: print(f'going on after batch {s.k}, from {path.name}')
     def update(self, s):
         if s.run.checkpoint_every and s.k % s.run.checkpoint_every == 0: self.save(s)
     def last(self, s): self.save(s)

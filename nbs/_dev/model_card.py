@@ -56,6 +56,7 @@ Weights that this repository trained itself, from nothing, on its own procedural
 
 - `shapes-sdxl/`: a `StableDiffusionXLPipeline`. 64-pixel pictures, 8 × 8 × 12 latents; U-Net {unet:.1f} M parameters, two CLIP text encoders, v-prediction. Load it with plain `StableDiffusionXLPipeline.from_pretrained`.
 - `shapes-clip/`: an open_clip model that scores pictures of Shapes against captions. Load it with `open_clip.create_model_and_transforms('local-dir:…/shapes-clip')`.
+- `shapes-grader/`: a LLaVA of 0.3 M parameters that grades pictures of Shapes behind `transformers serve`. An interim training of an earlier recipe: it hears wrong colours, not textures or poor drawing (`results/rewards-mllm.json`).
 - `results/`: measurements, each with the command that makes it again.
 
 ## Training
