@@ -1,5 +1,9 @@
 "Slow tests (full-size models, servers, long runs) run only when asked for: `pytest --slow`, or `-m slow`"
+import os
+
 import pytest
+
+os.environ.setdefault('HF_HUB_OFFLINE', '1')   # nothing here needs the network, and the hub retries for half a minute
 
 
 def pytest_addoption(parser): parser.addoption('--slow', action='store_true', help='run slow tests too')
