@@ -359,10 +359,15 @@ def test_key_goes_only_where_it_was_sent(monkeypatch):
     assert 'sesame' not in str(e.value)
 
 
+def _serve_here(port):
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell in the background ignores it, and children inherit that
+    serve(Light(), port)
+
+
 @forks
 def test_serve_command_stops_on_interrupt():
     with ThreadingHTTPServer(('127.0.0.1', 0), BaseHTTPRequestHandler) as s: port = s.server_port
-    p = fork.Process(target=serve, args=(Light(), port))
+    p = fork.Process(target=_serve_here, args=(port,))
     p.start()
     try:
         assert Remote(f'http://127.0.0.1:{port}/score', retries=6)(torch.ones(1, 3, 4, 4), ['']).item() == 1
