@@ -10,7 +10,7 @@ import argparse, inspect, json, os, sys
 from fastcore.docments import docments
 from .schedules import one_of
 
-# %% ../nbs/7_commands/61_cli.ipynb #198f123c
+# %% ../nbs/7_commands/61_cli.ipynb #111fd1e6
 COMMANDS = 'demo train sample evaluate score plan export push methods rewards'.split()
 REPORTS = 'evaluate score plan methods rewards'.split()  # Those that print what they found, as text or JSON
 
@@ -86,6 +86,7 @@ def main(): # The console script
     try: sys.exit(run(sys.argv[1:]))
     except ValueError as e: print(f'sharpen: {e}', file=sys.stderr); sys.exit(2)
     except RuntimeError as e:
-        if type(e).__name__ != 'TrainingError': raise
+        from diffusion_sharpening.training.loop import TrainingError
+        if not isinstance(e, TrainingError): raise
         print(f'sharpen: {e}', file=sys.stderr); sys.exit(1)
     except KeyboardInterrupt: print('sharpen: interrupted', file=sys.stderr); sys.exit(130)

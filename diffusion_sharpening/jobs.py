@@ -91,7 +91,7 @@ def _commit():
     except OSError: return None
     return git.stdout.strip() or None
 
-# %% ../nbs/7_commands/60_jobs.ipynb #1758fc0e
+# %% ../nbs/7_commands/60_jobs.ipynb #78fdebae
 def judges(reward, prompts)->dict: # Name → reward
     "The trained reward, and the exam if the prompts are captions of Shapes"
     out = {reward.name: reward}
@@ -125,7 +125,7 @@ def train(
     asked = dict(method=method, model=model, reward=reward, prompts=prompts, images=images, preset=preset, heldout=heldout,
                  S_eval=S_eval, tracker=tracker, changes=changes)
     if resume: out, asked = resume, _asked_before(resume, asked)
-    return _train(output_folder(out), bool(resume), **asked)
+    return _train(output_folder(out), bool(resume), asked)
 
 def _asked_before(folder, now): # What the run was started with; single settings may be changed
     file = Path(folder)/'run.json'
@@ -135,8 +135,9 @@ def _asked_before(folder, now): # What the run was started with; single settings
         raise ValueError(f"resume: {folder} is a run of {was.get('method')!r}, not of {now['method']!r}")
     return was | dict(changes=was['changes'] | now['changes'])
 
-def _train(out, resume, **asked):
-    method, model, reward, prompts, source, preset, heldout, S_eval, tracker, changes = asked.values()
+def _train(out, resume, asked):
+    method, model, reward, prompts, source = (asked[k] for k in ('method', 'model', 'reward', 'prompts', 'images'))
+    preset, heldout, S_eval, tracker, changes = (asked[k] for k in ('preset', 'heldout', 'S_eval', 'tracker', 'changes'))
     if heldout < 0: raise ValueError(f'heldout: expected at least 0 prompts, found {heldout}')
     if S_eval < 1: raise ValueError(f'S_eval: expected at least one sampler step, found {S_eval}')
     run, cfg = settings(method, preset, **changes)

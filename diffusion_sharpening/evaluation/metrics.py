@@ -12,14 +12,16 @@ from torch import Tensor
 from ..rewards.checker import image_stats
 from ..trajectories import START, noise, rollout
 
-# %% ../../nbs/6_training/50_evaluation.ipynb #7d0cdb55
+# %% ../../nbs/6_training/50_evaluation.ipynb #9bbe561b
 def interval(x:Tensor # One number per prompt
             )->dict: # `mean`, `low`, `high`; one number alone has no interval: None
     "Mean with its 95 % interval"
-    x = x.double(); m = x.mean().item()
-    if len(x) < 2: return dict(mean=m, low=None, high=None)
-    half = 1.96*x.std().item()/math.sqrt(len(x))
-    return dict(mean=m, low=m-half, high=m+half)
+    there = x.double()[~x.isnan()]; gone = len(x) - len(there)
+    if not len(there): raise ValueError(f'interval: expected at least one score, found {gone} missing ones')
+    more, m = (dict(missing=gone) if gone else {}), there.mean().item()
+    if len(there) < 2: return dict(mean=m, low=None, high=None, **more)
+    half = 1.96*there.std().item()/math.sqrt(len(there))
+    return dict(mean=m, low=m-half, high=m+half, **more)
 
 def shown(i:dict, # From `interval`
           sign:str='' # `+` to write it of positive numbers too

@@ -6,13 +6,14 @@
 __all__ = ['CheckpointError', 'manifest', 'save_checkpoint', 'checkpoints', 'verify', 'load_checkpoint', 'latest', 'random_state',
            'set_random_state']
 
-# %% ../../nbs/6_training/52_checkpoints.ipynb #dd875240
+# %% ../../nbs/6_training/52_checkpoints.ipynb #5ce5941f
 import hashlib, json, os, re, shutil, torch
 from pathlib import Path
+from ..rewards.files import digest
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-# %% ../../nbs/6_training/52_checkpoints.ipynb #4fe96b8b
+# %% ../../nbs/6_training/52_checkpoints.ipynb #708cf17a
 class CheckpointError(ValueError):
     "A checkpoint that is not what was written, or cannot be written"
 
@@ -21,21 +22,13 @@ def _flush(path):
     try: os.fsync(fd)
     finally: os.close(fd)
 
-def _sum(path):
-    with open(path, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else _slow_sum(f)
-
-def _slow_sum(f): # Python 3.10
-    h = hashlib.sha256()
-    while block := f.read(1 << 20): h.update(block)
-    return h.hexdigest()
-
 def _seal(files): # The manifest's own sum, so that a changed manifest is noticed too
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 def manifest(dir # Folder with the files of a checkpoint
             )->dict: # File name → size in bytes and SHA-256, and a seal over them
     "Describe the files of a folder"
-    files = {p.name: dict(bytes=p.stat().st_size, sha256=_sum(p))
+    files = {p.name: dict(bytes=p.stat().st_size, sha256=digest(p))
              for p in sorted(Path(dir).iterdir()) if p.name != 'manifest.json'}
     return dict(files=files, seal=_seal(files))
 
@@ -87,7 +80,7 @@ def checkpoints(folder # Where the checkpoints of a run lie
     "The checkpoints of a run, good or not"
     return sorted(p for p in Path(folder).glob('step-*') if re.fullmatch(r'step-\d{8,}', p.name))
 
-# %% ../../nbs/6_training/52_checkpoints.ipynb #7c2670b5
+# %% ../../nbs/6_training/52_checkpoints.ipynb #b55c5b57
 def _json(path, what):
     try: return json.loads(path.read_text())
     except FileNotFoundError: raise CheckpointError(f'checkpoint {path.parent}: {what} {path.name} is missing') from None
@@ -108,7 +101,7 @@ def _same(file, want):
     if not file.is_file(): raise CheckpointError(f'{where} is missing')
     n = file.stat().st_size
     if n != want['bytes']: raise CheckpointError(f"{where}: expected {want['bytes']} bytes, found {n}")
-    got = _sum(file)
+    got = digest(file)
     if got != want['sha256']:
         raise CheckpointError(f"{where}: expected SHA-256 {want['sha256'][:12]}…, found {got[:12]}…")
 

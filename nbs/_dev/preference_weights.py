@@ -3,7 +3,9 @@
 import argparse, json, platform, time
 from pathlib import Path
 import torch
-from diffusion_sharpening.rewards.aesthetic import digest, fit_aesthetic, rated_shapes
+from diffusion_sharpening.rewards.aesthetic import fit_aesthetic, rated_shapes
+from diffusion_sharpening.rewards.checker import rank_correlation
+from diffusion_sharpening.rewards.files import digest
 from diffusion_sharpening.rewards.clip import CLIPScore, find_clip
 from diffusion_sharpening.rewards.preference import fit_preference, pair_accuracy, shapes_pairs
 from diffusion_sharpening.worlds.checker import by_category, check
@@ -23,9 +25,6 @@ def choices(n, work, vae):
         return dict(better=sides[0], worse=sides[1], p=p)
     o = kept(words.with_suffix('.safetensors'), draw)
     return list(zip(json.loads(words.read_text()), o['better'], o['worse']))
-
-def ranks(v): return (v[:, None] > v).double().sum(1) + .5*(v[:, None] == v).double().sum(1)
-def rank_correlation(a, b): return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
 
 def with_checker(reward, pairs):
     "Rank correlation with the checker over both pictures of pairs, overall and by category"

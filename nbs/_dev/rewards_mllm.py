@@ -6,17 +6,11 @@ from pathlib import Path
 root = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(root))
 
-def ranks(x):
-    "Ranks, with the mean rank where values are equal"
-    import numpy as np
-    _, at, n = np.unique(np.asarray(x), return_inverse=True, return_counts=True)
-    return (n.cumsum() - (n-1)/2)[at]
-
 def spearman(a, b):
     "Rank correlation, None where one side is constant"
-    import numpy as np
-    a, b = ranks(a), ranks(b)
-    return round(float(np.corrcoef(a, b)[0, 1]), 3) if a.std() and b.std() else None
+    from diffusion_sharpening.rewards.checker import rank_correlation
+    r = rank_correlation(a, b)
+    return round(r, 3) if r == r else None
 
 def agreement(which, split, n):
     "Grades of `n` pictures for their own caption, a near miss and another's, beside the exact checker"
