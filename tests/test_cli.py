@@ -12,7 +12,7 @@ from diffusion_sharpening.worlds.shapes import prompts
 torch.set_num_threads(1)
 small = ['n=2', 'm=1', 'S=2', 'batch=2', 'rank=2']    # settings under which a training takes a second
 keys = {'method', 'model', 'reward', 'seed', 'steps', 'seconds', 'before', 'after', 'delta',
-        'heldout_prompts', 'nfe_per_image', 'versions', 'git_commit'}
+        'heldout_prompts', 'nfe_per_image', 'versions', 'git_commit', 'alarms'}
 
 
 @pytest.fixture(scope='module')
@@ -295,6 +295,22 @@ def test_steps_on_the_line_win(xl, tmp_path):
     for extra, steps in ([], 3), (['--steps', '1'], 1):
         assert cli.run([*args, '--out', str(tmp_path/f'{steps}'), *extra]) == 0
         assert json.loads((tmp_path/f'{steps}/report.json').read_text())['steps'] == steps
+
+
+def test_alarms_are_in_the_report(xl, tmp_path, monkeypatch):
+    "What the log watched, and what rang on the held-out pictures of this run; the table repeats it"
+    asked = []
+    def ring(images, reference): asked.append((images, reference)); return ['pictures are darker']
+    monkeypatch.setattr(jobs, 'alarms', ring)
+    rep = jobs.train('rlhf', xl, 'clip@shapes', out=str(tmp_path/'out'), heldout=12, S_eval=1, steps=20, n=2, m=1, S=2, batch=2, rank=2, lr=.03)
+    seen = strict((tmp_path/'out/report.json').read_text())['alarms']
+    assert seen == rep['alarms'] and seen['rang'][0] == 'pictures are darker' and {'image/brightness', 'held-out/checker'} <= set(seen['watched'])
+    after, before = asked[0]
+    assert after.shape == before.shape == (12, 3, 64, 64) and not after.equal(before)
+    rows = [json.loads(l) for l in (tmp_path/'out/metrics.jsonl').read_text().splitlines()]
+    ends = seen['watched']['image/brightness']
+    assert [ends['first'], ends['last']] == [r['image/brightness'] for r in rows if 'image/brightness' in r]
+    assert 'alarm: pictures are darker' in jobs.table(rep)
 
 
 def test_every_weight_can_be_trained(xl, tmp_path):

@@ -57,6 +57,7 @@ def alone(xl):
 
 def test_two_processes_equal_one(xl, alone):
     r = many(2, command(xl, xl/'two')); assert r.returncode == 0, r.stderr[-2000:]
+    assert r.stdout.count('all U-Net forwards, per update') == 1 and 'on 2 × ' in r.stdout       # the plan, once
     assert apart(alone, xl/'two') < 1e-2
     one, two = [[json.loads(l) for l in (d/'metrics.jsonl').read_text().splitlines()] for d in (alone, xl/'two')]
     assert [r['nfe'] for r in one] == [r['nfe'] for r in two]
@@ -102,6 +103,18 @@ def test_killed_and_damaged(xl, alone):
     assert 'trying the one before' in r.stdout
     a, b = load_file(alone/lora_file), load_file(out/lora_file)
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_autoencoder_that_gives_nan_is_refused(xl, tmp_path):
+    "Before anything is made with it, and before there is an output folder"
+    import shutil
+    from safetensors.torch import save_file
+    from diffusion_sharpening.jobs import train
+    shutil.copytree(xl/'xl', tmp_path/'nan'); f = tmp_path/'nan'/'vae'/'diffusion_pytorch_model.safetensors'
+    save_file({k: v*float('nan') for k, v in load_file(f).items()}, f, metadata=dict(format='pt'))
+    with pytest.raises(ValueError, match='pictures from the autoencoder are NaN; pass dtype'):
+        train('rlhf', str(tmp_path/'nan'), 'clip@shapes', str(xl/'prompts.txt'), str(tmp_path/'out'), heldout=0, steps=1)
+    assert not (tmp_path/'out').exists()
 
 
 def test_resume_refuses_another_run(xl, alone):

@@ -105,6 +105,22 @@ def test_prompt_features_do_not_depend_on_company(models):
         for k, v in one.items(): assert torch.equal(v[0], together[k][i])
 
 
+def test_prompt_features_are_bounded(models):
+    "What was not used for longest goes; results are those of an unbounded cache; without text encoders nothing goes"
+    d, free = load(models), load(models)
+    words = [f'{a} {b}' for a in ('red', 'blue', 'a', 'the') for b in ('circle', 'square')]
+    one = free.encode(words[0]); size = sum(v[0].numel()*v.element_size() for k, v in one.items() if k != 'size')
+    d.cache.most = 3*size
+    for _ in range(2):
+        for w in words: assert torch.equal(d.encode([w])['text'], free.encode([w])['text'])
+    assert list(d.cache) == words[-3:] and d.cache.bytes == 3*size
+    d.encode(words[5]); d.encode(words[0])
+    assert list(d.cache) == [words[7], words[5], words[0]]
+    assert torch.equal(d.encode(words)['text'], free.encode(words)['text']) and len(d.cache) == 3
+    d.cache.most = 9*size; d.encode(words); d.free_text_encoders()
+    assert d.cache.most == float('inf') and all(torch.equal(d.encode([w])['text'], free.encode([w])['text']) for w in words)
+
+
 def test_rollout_overhead_is_small(models):
     "The library's own work per step, measured without the network, against the smallest network"
     d = load(models, guidance=4.)
@@ -158,6 +174,33 @@ def test_half_precision_is_close_to_full(models):
     with torch.no_grad():
         full, half = [load(models, dtype=o, guidance=1.).output(x_t, t, c) for o in ('float32', 'bfloat16')]
     assert (half - full).std() < .03*full.std()
+
+
+def test_cast_is_loading_in_that_precision(models):
+    x_t, t, c = batch(load(models))
+    cast, loaded = load(models, vae=models/'taesd').cast('bfloat16'), load(models, dtype='bfloat16')
+    with torch.no_grad(): assert torch.equal(cast.output(x_t, t, cast.encode(PROMPTS)), loaded.output(x_t, t, loaded.encode(PROMPTS)))
+    assert {cast.pipe.vae.dtype, cast.score_vae.dtype} == {torch.bfloat16}
+    full = load(models).cast('float16'); assert full.pipe.vae.dtype == torch.float32                 # force_upcast
+    with pytest.raises(ValueError, match='before add_lora'): loaded.add_lora(rank=2).cast('float32')
+
+
+@pytest.mark.parametrize('backend', ['eager', pytest.param('inductor', marks=pytest.mark.slow)])
+def test_compiled_equals_plain(models, backend):
+    "Policy, reference and an added copy, with and without gradients"
+    plain, fast = jolt(load(models, guidance=1.).add_lora(rank=2)), jolt(load(models, guidance=1.).add_lora(rank=2)).compile(backend)
+    x_t, t, c = batch(plain)
+    for d in (plain, fast): d.copy_adapter('policy', 'old'); jolt(d, 'old')
+    def outs(d):
+        with torch.no_grad():
+            yield d.output(x_t, t, c)
+            with d.reference(): yield d.output(x_t, t, c)
+            with d.use('old'): yield d.output(x_t, t, c)
+        d.output(x_t, t, c).square().mean().backward()
+        yield torch.cat([p.grad.flatten() for p in d.trainable()])
+    a, b = list(outs(plain)), list(outs(fast))
+    for x, y in zip(a, b): torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(b[0], b[1]) and not torch.allclose(b[0], b[2])
 
 
 # Policies

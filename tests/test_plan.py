@@ -6,12 +6,13 @@ import pytest, torch
 
 diffusers = pytest.importorskip('diffusers')
 from diffusion_sharpening.methods.catalog import METHODS, method
+from diffusion_sharpening.methods.sharpening import select_first
 from diffusion_sharpening.models import Denoiser
 from diffusion_sharpening.rewards.base import Reward
 from diffusion_sharpening.tiny import tiny_sd, tiny_sdxl
 from diffusion_sharpening.training.counting import KNOWN, anatomy, unet_cost, vae_cost
 from diffusion_sharpening.training.loop import ATTENTION, LINEAR, batch_of, settings
-from diffusion_sharpening.training.plan import ROWS, evaluations, mfu, plan, plan_table, select_first
+from diffusion_sharpening.training.plan import ROWS, device_here, evaluations, measured, mfu, plan, plan_rows, plan_table
 from diffusion_sharpening.trajectories import START, noise
 
 torch.set_num_threads(1)
@@ -69,11 +70,11 @@ def test_evaluations_are_those_of_a_training(folders, name, preset):
 
 
 @pytest.mark.parametrize('layout', ['xl', 'sd'])
-@pytest.mark.parametrize('name, preset', [('sft', 'paper'), ('rlhf', 'contrast')])
-def test_flops_are_those_of_a_training(folders, layout, name, preset):
-    changes = small | dict(m=2, layers='attention', guidance=1.)
+@pytest.mark.parametrize('name, preset, more', [('sft', 'paper', {}), ('rlhf', 'contrast', {}), ('rlhf', 'paper', {}), ('rlhf', 'paper', dict(select='select'))])
+def test_flops_are_those_of_a_training(folders, layout, name, preset, more):
+    changes = small | dict(m=2, layers='attention', guidance=1., early=0., late=.5) | more
     _, tflop = trained(folders/layout, name, preset, **changes)
-    planned = values(plan(str(folders/layout), name, preset, select=True, **changes))
+    planned = values(plan(str(folders/layout), name, preset, **changes))
     assert planned['tflop'] == pytest.approx(tflop, rel=.02)
 
 
@@ -139,27 +140,46 @@ def test_decode_in_the_graph_is_what_costs_memory():
 @pytest.mark.slow
 def test_algorithm_1_on_sdxl():
     "n = m = 3, every weight, one prompt: 9 F, 9 decodes, 3 lessons of 2.97 F; and with the graph kept, 9 lessons"
-    def total(select): return values(plan('sdxl', 'sft', 'paper', px=512, device='h200', batch=1, guidance=1., rank=0, select=select))['tflop']
-    assert total(True) == pytest.approx(9*1.589 + 9*2.515 + 3*4.714, rel=.02)
-    assert total(False) == pytest.approx(9*2.515 + 9*4.714, rel=.02)
-    assert total(None) == total(True)
+    def total(select): return values(plan('sdxl', 'sft', 'paper', px=512, device='h200', batch=1, guidance=1., rank=0, late=.8, select=select))['tflop']
+    assert total('select') == pytest.approx(9*1.589 + 9*2.515 + 3*4.714, rel=.02)
+    assert total('keep') == pytest.approx(9*2.515 + 9*4.714, rel=.02)
+    assert total('auto') == total('select')
 
 
 # Choices
 
-@pytest.mark.parametrize('n, p, B, select', [(3, 1, 2.97, True), (3, 1, 1.99, True), (3, 2, 2.97, False), (3, 2, 1.99, False),
+@pytest.mark.parametrize('n, p, B, select', [(3, 1, 2.97, True), (3, 1, 1.99, True), (3, 2, 3.97, True), (2, 2, 2.99, False),
                                              (4, 2, 2.97, True), (5, 2, 1.99, True), (1, 1, 2.97, False)])
 def test_select_first(n, p, B, select): assert select_first(n, p, B) is select
 
 
 def test_selection_is_chosen_and_can_be_chosen():
-    auto = {n: values(plan('shapes', 'rlhf', 'paper', n=n, select=None))['selection'] for n in (2, 16)}
-    assert auto == {2: 'keep', 16: 'select'}
-    forced = [values(plan('shapes', 'rlhf', 'paper', n=16, select=s)) for s in (True, False)]
+    auto = {n: values(plan('shapes', 'rlhf', 'paper', n=n))['selection'] for n in (2, 3, 16)}
+    assert auto == {2: 'keep', 3: 'select', 16: 'select'}
+    two = [values(plan('shapes', 'rlhf', 'paper', n=2, select=s)) for s in ('select', 'keep')]
+    assert two[1]['tflop'] < two[0]['tflop'] and two[1]['memory_graph'] == pytest.approx(two[0]['memory_graph'])   # free speed
+    forced = [values(plan('shapes', 'rlhf', 'paper', n=16, select=s)) for s in ('select', 'keep')]
     assert [f['selection'] for f in forced] == ['select', 'keep'] and forced[0]['tflop'] < forced[1]['tflop']
     assert forced[1]['memory_graph'] == pytest.approx(8*forced[0]['memory_graph'])                  # 16 paths, not 2
-    for kw in (dict(preset='contrast'), dict(preset='paper', guidance=4.)):                      # nothing to keep
-        assert values(plan('shapes', 'rlhf', select=False, **kw))['selection'] == 'select'
+    for kw in (dict(preset='contrast'), dict(preset='paper', guidance=4.), dict(preset='released')):       # nothing to keep
+        assert values(plan('shapes', 'rlhf', n=2, **kw))['selection'] == 'select'
+        with pytest.raises(ValueError, match="select 'keep': expected lessons"): plan('shapes', 'rlhf', n=2, select='keep', **kw)
+
+
+def test_the_plan_of_a_loaded_model(folders):
+    "What `train` prints is counted on the model itself, and says what `plan` says of its folder"
+    d = Denoiser.from_pretrained(folders/'xl', guidance=1., device='cpu')
+    d.encode(PROMPTS); d.add_lora(2, targets=LINEAR)
+    run, cfg = settings('rlhf', 'paper', **small)
+    units, sizes = measured(d)
+    now = values(plan_rows('', 'rlhf', run, cfg, units, sizes, device_here(d)))
+    then = values(plan(str(folders/'xl'), 'rlhf', 'paper', guidance=1., **small))
+    for k in ('rollout', 'reference', 'lesson', 'forwards', 'decode', 'parameters', 'learning'): assert now[k] == pytest.approx(then[k])
+    for k in ('V', 'tflop', 'memory_weights', 'memory_learning', 'memory_graph'): assert now[k] == pytest.approx(then[k], rel=.15)
+    shared = values(plan_rows('', 'rlhf', run, cfg, units, sizes, device_here(d), world=2))
+    assert shared['images_per_second'] == pytest.approx(2*now['images_per_second']) and shared['memory_graph'] == pytest.approx(now['memory_graph']/2)
+    resumed = values(plan_rows('', 'rlhf', run, cfg, units, sizes, device_here(d), seconds=2.))
+    assert resumed['images_per_second'] == run.batch*cfg.n/2
 
 
 def test_measured_time_gives_utilisation():
@@ -194,7 +214,7 @@ def test_names_and_folders(folders):
 @pytest.mark.parametrize('kw, message', [
     (dict(model='sdxl-turbo'), 'expected sdxl, sd15, shapes'), (dict(device='h100'), "Did you mean 'h200'"),
     (dict(px=100), 'multiple of 8'), (dict(px=-8), 'multiple of 8'), (dict(method='ppo'), 'method'),
-    (dict(n=0), 'at least 1'), (dict(seconds=0.), 'positive'), (dict(dtype='int8'), 'dtype'), (dict(colour=1), 'setting of rlhf')])
+    (dict(n=0), 'at least 1'), (dict(seconds=0.), 'positive'), (dict(precision='int8'), 'precision'), (dict(select='never'), 'select'), (dict(colour=1), 'setting of rlhf')])
 def test_wrong_requests(kw, message):
     with pytest.raises(ValueError, match=message) as e: plan(**dict(model='shapes', method='rlhf') | kw)
     assert '\n' not in str(e.value)

@@ -9,7 +9,7 @@ from PIL import Image
 from diffusion_sharpening.path_integral import pair, standardise, tied
 from diffusion_sharpening.rewards.base import Mixture, Reward, RewardError
 from diffusion_sharpening.rewards.checker import alarms, image_stats, picture_stats, shifts
-from diffusion_sharpening.rewards.combined import HOW, Combined, borda, combine, group_scores, neutral, rank, scores, zscore
+from diffusion_sharpening.rewards.combined import HOW, Combined, borda, combine, group_scores, neutral, rank, zscore
 from diffusion_sharpening.rewards.own import Own, Part, load_function, parse_spec
 from diffusion_sharpening.rewards.remote import Remote, answer, from_png, make_server, pack, post, serve, serving, to_png, unpack
 from diffusion_sharpening.rewards.score import (
@@ -40,6 +40,23 @@ def pics(*shape, seed=0): return torch.rand(*shape, 3, 8, 8, generator=torch.Gen
 
 def one_line(e, part):
     assert part in str(e.value) and '\n' not in str(e.value), str(e.value)
+
+
+def test_pictures_of_mixed_sizes():
+    "Lists of PIL images and tensors of any sizes: in order, each as if it were alone, with its gradient"
+    from diffusion_sharpening.rewards.clip import CLIPScore
+    g = torch.Generator().manual_seed(0)
+    x = [(torch.rand(3, h, w, generator=g)*255).round()/255 for h, w in ((64, 64), (30, 200), (64, 64), (200, 30), (30, 200))]
+    mixed = [Image.fromarray((o.permute(1, 2, 0)*255).round().byte().numpy()) if i % 2 else o for i, o in enumerate(x)]
+    r, texts = CLIPScore('shapes'), [f'a {c} star' for c in ('red', 'blue', 'green', 'white', 'black')]
+    alone = torch.cat([r(o[None], [t]) for o, t in zip(x, texts)])
+    torch.testing.assert_close(r(mixed, texts), alone, atol=1e-5, rtol=0)
+    assert r(mixed[::-1], texts[::-1]).tolist() == pytest.approx(alone.tolist()[::-1], abs=1e-5)
+    leaf = x[1].clone().requires_grad_(); r([x[0], leaf], texts[:2]).sum().backward()
+    assert leaf.grad.abs().sum() > 0
+    for bad, part in (([], 'expected at least one picture'), (['a.png'], 'found str'), ([x[0][0]], r'found \(64, 64\)'), ([None], 'found NoneType')):
+        with pytest.raises(ValueError, match='^images: .*' + part) as e: r(bad, ['a'])
+        assert '\n' not in str(e.value)
 
 
 # Combining
@@ -144,13 +161,13 @@ def test_only_declared_failures_pass():
     class Bad(Reward):
         name = 'bad'
         def score(self, images, prompts): return torch.tensor([nan, 1.])
-    with pytest.raises(RewardError, match='bad: 1 of 2'): scores(Bad(), pics(2), ['', ''])
+    with pytest.raises(RewardError, match='bad: 1 of 2'): Bad()(pics(2), ['', ''])
     class Worse(Bad):
         may_fail = True
         def score(self, images, prompts): return torch.tensor([nan, float('inf')])
-    with pytest.raises(RewardError, match='bad: 1 of 2'): scores(Worse(), pics(2), ['', ''])
-    with pytest.raises(RewardError, match='bad: expected 3 scores'): scores(Worse(), pics(3), ['']*3)
-    with pytest.raises(RewardError, match='1 images but 2 prompts'): scores(Bad(), [pics(1)[0]], ['', ''])
+    with pytest.raises(RewardError, match='bad: 1 of 2'): Worse()(pics(2), ['', ''])
+    with pytest.raises(RewardError, match='bad: expected 3 scores'): Worse()(pics(3), ['']*3)
+    with pytest.raises(RewardError, match='1 images but 2 prompts'): Bad()([pics(1)[0]], ['', ''])
     x = pics(2, 1); x[0] = nan
     with pytest.raises(RewardError, match='red: 1 of 2'): group_scores(Combined([Red()]), x, [''])
 
@@ -330,9 +347,9 @@ def test_reference_server_equals_the_reward():
     r, x = Light(may_fail=True), pics(9)
     x[4] = 0
     with serving(r) as url:
-        far = scores(Remote(url, chunk=4), x, list('abcdefghi'))
-        singles = torch.cat([scores(Remote(url), x[i:i+1], [c]) for i, c in enumerate('abcdefghi')])
-    torch.testing.assert_close(far, scores(r, (x*255).round().byte(), list('abcdefghi')), equal_nan=True)
+        far = Remote(url, chunk=4)(x, list('abcdefghi'))
+        singles = torch.cat([Remote(url)(x[i:i+1], [c]) for i, c in enumerate('abcdefghi')])
+    torch.testing.assert_close(far, r((x*255).round().byte(), list('abcdefghi')), equal_nan=True)
     torch.testing.assert_close(far, singles, atol=1e-5, rtol=0, equal_nan=True)
     assert far.isnan().tolist() == [i == 4 for i in range(9)]
 
@@ -375,6 +392,44 @@ def test_serve_command_stops_on_interrupt():
         p.join(30)
         assert p.exitcode == 0
     finally: p.kill()
+
+
+def test_serve_reward_command(folder):
+    "A server process, the client through the command line: the scores of the reward itself, in order; SIGTERM ends it, and then the client says so"
+    import subprocess
+    from diffusion_sharpening import cli
+    env = {k: v for k, v in os.environ.items() if k != 'SHARPEN_REWARD_KEY'} | dict(OMP_NUM_THREADS='1')
+    cmd = [sys.executable, '-m', 'diffusion_sharpening', 'serve-reward', '--reward', 'clip@shapes', '--port', '0']
+    def score(reward, out):
+        assert cli.run(['score', '--reward', reward, '--images', str(folder/'pics'), '--prompts', str(folder/'p.txt'), '--out', str(folder/out), '--batch', '5']) == 0
+        return [float(r['score']) for r in table(folder/out)]
+    p = subprocess.Popen(cmd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = p.stdout.readline()
+        assert line.startswith('clip at http://127.0.0.1:') and '--reward remote@http' in line
+        url = line.rpartition('remote@')[2].strip()
+        far, here = score(f'remote@{url}', 'far'), score('clip@shapes', 'here')
+        assert far == pytest.approx(here, abs=1e-5) and max(here) - min(here) > 1e-3
+        p.terminate()
+        assert p.wait(30) == 0 and p.stderr.read() == ''
+    finally: p.kill()
+    (folder/'p.txt').write_text('new\n'*12)
+    import diffusion_sharpening.rewards.remote as remote
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(remote.time, 'sleep', lambda s: None)
+        with pytest.raises(ValueError, match='remote: .* gave no scores after 4 tries') as e: score(f'remote@{url}', 'far')
+    assert '\n' not in str(e.value)
+
+
+def test_what_serve_reward_refuses(monkeypatch, capsys):
+    from diffusion_sharpening import cli
+    monkeypatch.delenv('SHARPEN_REWARD_KEY', raising=False)
+    kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for args, part in ((['--reward', 'clpi'], "did you mean 'clip'"), (['--reward', 'clip@shapes', '--host', '0.0.0.0'], 'SHARPEN_REWARD_KEY'),
+                           (['--reward', 'clip@shapes', '--port', '99999'], 'cannot serve'), (['--port', 'x'], 'invalid int')):
+            with pytest.raises(ValueError, match=part): cli.run(['serve-reward', *args])
+    finally: [signal.signal(*o) for o in kept.items()]
 
 
 def test_png_is_lossless():

@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['RLHF_PRESETS', 'RLHF', 'collect_rlhf', 'learner', 'loss_rlhf', 'setup_rlhf', 'after_rlhf']
 
-# %% ../../nbs/5_methods/42_rlhf.ipynb #ec43f5d6
+# %% ../../nbs/5_methods/42_rlhf.ipynb #966ef3a6
 import torch
 from dataclasses import dataclass
 from torch import Tensor
 from ..losses import contrast, log_ratio, preference, step_log_ratio
-from .sharpening import (
-    Batch, Sharpening, candidates, guided, noise_targets, path_errors, path_mean, summary, values)
+from diffusion_sharpening.methods.sharpening import (
+    Batch, Sharpening, asked_again, candidates, guided, noise_targets, noising_times, path_errors, path_mean,
+    summary, values)
 from ..path_integral import pair, pick, standardise, tied
 from ..samplers import log_prob, step
 from ..schedules import add_noise, one_of
 from ..stages import stage
 from ..trajectories import START, fold, noise
 
-# %% ../../nbs/5_methods/42_rlhf.ipynb #13f0f91e
+# %% ../../nbs/5_methods/42_rlhf.ipynb #37632d7b
 @dataclass
 class RLHF(Sharpening):
     "RLHF-Diffusion-Sharpening: learn from preferences among the model's own trajectories"
@@ -41,7 +42,10 @@ class RLHF(Sharpening):
         if self.kind == 'contrast' and self.branch != 'sample':
             raise ValueError(f"kind 'contrast': expected branch='sample', found {self.branch!r}")
 
-    needs_images = False
+    needs_images, learned, reference = False, 2, 1
+
+    @property
+    def on_path(self): return self.target != 'end' and not self.bptt and self.updates == 1  # Are lessons the states of the rollout?
 
 _contrast = dict(branch='sample', score='final', target='end', kind='contrast', beta=1., n=8, S=10, eta=0., updates=2)
 
@@ -53,14 +57,14 @@ RLHF_PRESETS = dict(
     sample=dict(branch='sample', score='final', target='end', kind='dpo', n=4, S=16, eta=0.),
     contrast=_contrast, default=_contrast)
 
-# %% ../../nbs/5_methods/42_rlhf.ipynb #098f31cb
+# %% ../../nbs/5_methods/42_rlhf.ipynb #d7337ce1
 def collect_rlhf(cfg:RLHF, model, reward, batch:Batch
                 )->dict: # The lesson: what the chosen kind needs, plus statistics in `log`
     "Make candidates and choose; no gradients"
     with stage('rollout'): c = candidates(cfg, model, batch)
     R, end, nfe, ims = values(cfg, model, reward, batch, c)
     use = (~tied(R)).float()                                             # no preference, no lesson
-    log = dict(summary(R), tied=1-use.mean().item(), nfe=c.nfe+nfe)
+    log = dict(summary(R), tied=1-use.mean(), nfe=c.nfe+nfe)
     out = dict(cond=batch.cond, seeds=batch.seeds, use=use, images=ims, log=log)
     if cfg.kind == 'contrast': return out | dict(x0=end, r=.5 + .25*standardise(R).clamp(-2, 2))
     w, l = pair(R); Z = standardise(R)
@@ -68,17 +72,20 @@ def collect_rlhf(cfg:RLHF, model, reward, batch:Batch
     sides = [_side(cfg, model, c, end, i) for i in (w, l)]
     with stage('reference'), torch.no_grad(), model.reference():
         view = learner(cfg, model)
-        for s in sides: s['ref'] = _evidence(cfg, view, s, out, reference=True)
+        again = asked_again(view, c.tr, batch.cond) if c.kept else None
+        for s, i in zip(sides, (w, l)): s['ref'] = _evidence(cfg, view, s | _kept(again, i), out, reference=True)
     return out | dict(sides=sides)
 
 def _side(cfg, model, c, end, i):
     if cfg.target == 'end': return dict(end=pick(end, i))
     x, ts = pick(c.tr.states, i, 1), pick(c.tr.t, i, 1)
-    if cfg.target == 'transition': return dict(x=x, ts=ts)
+    if cfg.target == 'transition': return dict(x=x, ts=ts) | _kept(c.kept, i)
     x0, eps = pick(c.x0, i), pick(c.eps, i)
-    return dict(x=x[:-1], ts=ts, eps=noise_targets(cfg.target, model.schedule, x[:-1], ts, x0, eps))
+    return dict(x=x[:-1], ts=ts, eps=noise_targets(cfg.target, model.schedule, x[:-1], ts, x0, eps)) | _kept(c.kept, i)
 
-# %% ../../nbs/5_methods/42_rlhf.ipynb #769dfd9a
+def _kept(pair, i): return dict(kept=tuple(pick(o, i, 1) for o in pair) if pair else None)
+
+# %% ../../nbs/5_methods/42_rlhf.ipynb #ce7ea7f9
 def learner(cfg, model): # The model as the loss sees it
     "Transitions were made with guidance and are judged with it; a denoising error is the network's own"
     return guided(cfg, model) if cfg.target == 'transition' else model.with_guidance(1.)
@@ -88,22 +95,22 @@ def _evidence(cfg, model, s, lesson, reference=False): # `(B,)`
     if cfg.target == 'end': return _end_error(cfg, model, s, lesson)
     bptt, first = cfg.bptt and not reference, reference and cfg.anchor == 'first'
     if first: return path_errors(model, s['x'][:1], s['ts'][:2], lesson['cond'], s['eps'][:1])[0]
-    return path_mean(path_errors(model, s['x'], s['ts'], lesson['cond'], s['eps'], bptt), s['ts'])
+    return path_mean(path_errors(model, s['x'], s['ts'], lesson['cond'], s['eps'], bptt, s['kept']), s['ts'])
 
 def _end_error(cfg, model, s, lesson):
     x0 = s['end']; grid = model.grid(cfg.S)
-    t = grid[fold(lesson['seeds'], 0x76).abs() % cfg.S].to(x0.device)  # the same for both sides
+    t = noising_times(cfg, grid, fold(lesson['seeds'], 0x76)).to(x0.device)  # the same for both sides
     eps = noise(fold(lesson['seeds'], 0x77), START, model.shape, x0.device)
     x = add_noise(model.schedule, x0, eps, t)
     return path_errors(model, x[None], torch.stack([t, t]), lesson['cond'], eps[None])[0]
 
 def _transition(cfg, model, s, cond):
     x, ts = s['x'], s['ts']
-    x0, e = model.predict(x[:-1], ts[:-1].clamp(min=0), cond)
+    x0, e = s['kept'] or model.predict(x[:-1], ts[:-1].clamp(min=0), cond)
     st = step(model.schedule, x[:-1], x0, e, ts[:-1], ts[1:], cfg.eta)
     return log_prob(x[1:], st.mean, st.std).mean(0)
 
-# %% ../../nbs/5_methods/42_rlhf.ipynb #e842cb50
+# %% ../../nbs/5_methods/42_rlhf.ipynb #c559125a
 def loss_rlhf(cfg:RLHF, model, lesson:dict,
               u:int=0 # Which update on this batch
              )->tuple: # Scalar loss with gradient, and statistics
@@ -115,7 +122,7 @@ def loss_rlhf(cfg:RLHF, model, lesson:dict,
     loss = preference(margin, gap if cfg.gap == 'inside' else None, cfg.kind if cfg.gap == 'inside' else 'dpo')
     if cfg.gap == 'outside': loss = loss + gap                           # no gradient; what the released code logs
     m, N = margin.detach(), use.sum().clamp(min=1)
-    return (loss*use).sum()/N, dict(margin=m.mean().item(), accuracy=((m > 0)*use).sum().item()/N.item())
+    return (loss*use).sum()/N, dict(margin=m.mean(), accuracy=((m > 0)*use).sum()/N)
 
 def _ratio(cfg, now, ref):
     return step_log_ratio(now, ref) if cfg.target == 'transition' else log_ratio(now, ref)
@@ -123,12 +130,12 @@ def _ratio(cfg, now, ref):
 def _loss_contrast(cfg, model, view, lesson, u):
     x0, grid = lesson['x0'], model.grid(cfg.S)
     seeds = fold(lesson['seeds'], torch.arange(cfg.n)[:, None], 0x78 + u)
-    t = grid[fold(seeds, 1).abs() % cfg.S].to(x0.device)
+    t = noising_times(cfg, grid, fold(seeds, 1)).to(x0.device)
     x_t = add_noise(model.schedule, x0, noise(seeds, START, model.shape, x0.device), t)
     with torch.no_grad(), model.use('old'): old = view.predict(x_t, t, lesson['cond'])[0]
     new = view.predict(x_t, t, lesson['cond'])[0]
     loss, use = contrast(new, old, x0, lesson['r'], cfg.beta), lesson['use']
-    moved = (new-old).detach().square().mean().item()
+    moved = (new-old).detach().square().mean()
     return (loss*use).sum()/(use.sum().clamp(min=1)*cfg.n), dict(moved=moved)
 
 # %% ../../nbs/5_methods/42_rlhf.ipynb #434be363

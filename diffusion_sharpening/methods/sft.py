@@ -5,27 +5,25 @@
 # %% auto #0
 __all__ = ['SFT_PRESETS', 'SFT', 'collect_sft', 'loss_sft']
 
-# %% ../../nbs/5_methods/41_sft.ipynb #5c20e429
+# %% ../../nbs/5_methods/41_sft.ipynb #d5b8a0f1
 import torch
 from dataclasses import dataclass
 from torch import Tensor
 from ..losses import denoising
 from .sharpening import (
-    Batch, Sharpening, candidates, noise_targets, path_errors, path_mean, summary, values)
+    Batch, Sharpening, candidates, noise_targets, noising_times, path_errors, path_mean, summary, values)
 from ..path_integral import argmax, pick, weights
 from ..schedules import add_noise, implied_eps, one_of, target
 from ..stages import stage
 from ..trajectories import START, fold, noise
 
-# %% ../../nbs/5_methods/41_sft.ipynb #4c73b857
+# %% ../../nbs/5_methods/41_sft.ipynb #1f66fef4
 @dataclass
 class SFT(Sharpening):
     "SFT-Diffusion-Sharpening: denoising loss along the chosen trajectory"
     choose: str = 'argmax'    # argmax: the best path; softmax: all, weighted by exp(R/alpha)
     alpha: float = 1.         # Temperature of softmax, in units of the value
     target: str = 'reused'    # reused or consistent noise along the path; end: where the path ends
-
-    pair = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -36,6 +34,10 @@ class SFT(Sharpening):
 
     @property
     def needs_images(self): return self.branch in ('noise', 'sde')
+    @property
+    def learned(self): return self.n if self.choose == 'softmax' else 1  # Candidates that are learned from
+    @property
+    def on_path(self): return self.target != 'end' and not self.bptt     # Are lessons the states of the rollout?
 
 SFT_PRESETS = dict(
     paper=dict(),
@@ -45,7 +47,7 @@ SFT_PRESETS = dict(
     plain=dict(n=1, m=1),
     default=dict(branch='sde', score='final', target='end', n=4, m=3, S=16, late=.7))
 
-# %% ../../nbs/5_methods/41_sft.ipynb #0865cdeb
+# %% ../../nbs/5_methods/41_sft.ipynb #56fb5fcd
 def collect_sft(cfg:SFT, model, reward, batch:Batch
                )->dict: # Lessons (states, times, targets), their weights `w`, and statistics in `log`
     "Choose what to learn from; no gradients"
@@ -63,15 +65,16 @@ def _lesson(cfg, model, batch, c, end, get):
     sch = model.schedule
     if cfg.target != 'end':
         x, ts, eps = get(c.tr.states[:-1], 1), get(c.tr.t, 1), get(c.eps)
-        return dict(x=x, ts=ts, eps=noise_targets(cfg.target, sch, x, ts, get(c.x0), eps))
+        kept = tuple(get(o, 1) for o in c.kept) if c.kept else None
+        return dict(x=x, ts=ts, eps=noise_targets(cfg.target, sch, x, ts, get(c.x0), eps), kept=kept)
     x0 = get(end)
     if cfg.branch != 'sample': return dict(x=get(c.tr.states[0]), t=get(c.tr.t[0]), x0=x0)
     grid = model.grid(cfg.S); u = fold(batch.seeds, 0x74).abs()
-    t = grid[(u % cfg.S)].to(x0.device)
+    t = noising_times(cfg, grid, u).to(x0.device)
     eps = noise(fold(batch.seeds, 0x75), START, model.shape, x0.device)
     return dict(x=add_noise(sch, x0, eps, t), t=t, x0=x0)
 
-# %% ../../nbs/5_methods/41_sft.ipynb #971ea193
+# %% ../../nbs/5_methods/41_sft.ipynb #b6b65558
 def loss_sft(cfg:SFT, model, lesson:dict,
              u:int=0 # Which update on this batch; they are all the same here
             )->tuple: # Scalar loss with gradient, and statistics
@@ -81,7 +84,7 @@ def loss_sft(cfg:SFT, model, lesson:dict,
     return (lesson['w']*per).sum(0).mean(), {}
 
 def _one_loss(cfg, model, o, cond):
-    if 'eps' in o: return path_mean(path_errors(model, o['x'], o['ts'], cond, o['eps'], cfg.bptt), o['ts'])
+    if 'eps' in o: return path_mean(path_errors(model, o['x'], o['ts'], cond, o['eps'], cfg.bptt, o['kept']), o['ts'])
     eps = implied_eps(model.schedule, o['x'], o['x0'], o['t'])
     goal = target(model.schedule, o['x0'], eps, o['t'], model.kind)
     return denoising(model.output(o['x'], o['t'], cond), goal)

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['DROPPED', 'MOST', 'NAME', 'split_by_rules', 'noun_phrases', 'as_question', 'original_settings', 'from_original',
-           'expect_type', 'load_blip_vqa', 'tiny_blip_vqa', 'yes_probability', 'BlipVQA']
+           'load_blip_vqa', 'tiny_blip_vqa', 'yes_probability', 'BlipVQA']
 
-# %% ../../nbs/4_rewards/37_blip_vqa.ipynb #74e40929
-import json, re, warnings, torch
+# %% ../../nbs/4_rewards/37_blip_vqa.ipynb #d17582a5
+import re, warnings, torch
 from functools import lru_cache
 from itertools import groupby
 from torch import Tensor
 from .base import Reward
 from .clip import preprocess
-from .files import fetch, local_path, pretrained, read_state, strict_load
+from .files import local_path, pretrained, read_state, strict_load
 
 # %% ../../nbs/4_rewards/37_blip_vqa.ipynb #c6b7886e
 DROPPED = {'top', 'the side', 'the left', 'the right'}  # not asked for, as in the benchmark
@@ -145,28 +145,16 @@ def _load_original(path):
         if hasattr(m, 'position_ids'): m.position_ids = torch.arange(m.position_ids.shape[-1])[None]
     return strict_load(net, state, NAME)
 
-# %% ../../nbs/4_rewards/37_blip_vqa.ipynb #9c120ec3
-def expect_type(which, # Folder, or hub id
-                want:str, # `model_type` of the configuration
-                name:str # Of the reward, for errors
-               ): # ValueError if there is no configuration, or that of another kind of model
-    "Check what kind of model lies somewhere before a class is filled from it"
-    if which == 'shapes':
-        raise ValueError(f'{name}: the world shapes has no weights for it; name a folder or a hub id')
-    try: kind = json.loads(fetch(which, 'config.json', name).read_text()).get('model_type')
-    except json.JSONDecodeError: kind = 'no JSON in config.json'
-    if kind != want: raise ValueError(f'{name}: expected a model of type {want} in {which}, found {kind}')
-
+# %% ../../nbs/4_rewards/37_blip_vqa.ipynb #a74a4089
 def load_blip_vqa(which:str, # Folder, hub id, or the authors' .pth file
                   tokenizer:str=None # Folder or hub id; None: of `which`; for a .pth file bert-base-uncased
                  )->tuple: # Model and tokenizer; ValueError in one line
     "Load BLIP for questions so that it computes what the original does"
     from transformers import AutoTokenizer, BlipConfig, BlipForQuestionAnswering
-    path = None if which == 'shapes' else local_path(which, NAME)
+    path = local_path(which, NAME)
     alone = path is not None and path.is_file()
     if alone: net = _load_original(path)
     else:
-        expect_type(which, 'blip', NAME)
         cfg = original_settings(pretrained(BlipConfig, which, NAME))
         net = pretrained(BlipForQuestionAnswering, which, NAME, config=cfg)
     tok = pretrained(AutoTokenizer, tokenizer or ('bert-base-uncased' if alone else which), NAME)

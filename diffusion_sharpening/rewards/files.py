@@ -10,13 +10,15 @@ import hashlib, re, torch
 from pathlib import Path
 from torch import nn
 
-# %% ../../nbs/4_rewards/30b_files.ipynb #61526953
+# %% ../../nbs/4_rewards/30b_files.ipynb #7c39df7c
 def local_path(which, # Path of a file or folder, or a hub id `owner/name`
                name:str # Of the reward, for the error
               )->Path: # None where `which` is a hub id; ValueError where it is a path to nothing
     "The path that `which` names, if it names one"
     path = Path(which).expanduser()
     if path.exists(): return path
+    if str(which) == 'shapes':
+        raise ValueError(f'{name}: the world shapes has no weights for it; name a folder or a hub id: {name}@FOLDER')
     file = re.search(r'\.(pth?|bin|safetensors|json|txt)$', str(which))
     if not file and re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', str(which)): return None
     raise ValueError(f'{name}: no such file or folder: {which}')
@@ -107,26 +109,38 @@ def strict_load(net:nn.Module, # May be on the meta device
     if void: raise ValueError(f'{name}: built without values for {void[0]}')
     return net
 
-# %% ../../nbs/4_rewards/30b_files.ipynb #b8a49387
+# %% ../../nbs/4_rewards/30b_files.ipynb #a89d1f20
 def pretrained(cls, # A model, tokenizer, processor or config class of transformers
                which, # Folder, or hub id
                name:str, # Of the reward, for errors
                **kwargs # For its `from_pretrained`
               ): # What it made, complete; ValueError in one line
     "`cls.from_pretrained(which)`, strictly"
+    from transformers import PreTrainedConfig
     model, path = hasattr(cls, 'from_config') or hasattr(cls, '_from_config'), local_path(which, name)
+    where, want = str(path or which), getattr(getattr(cls, 'config_class', cls), 'model_type', '')
     if model: kwargs = dict(dtype=torch.float32, output_loading_info=True) | kwargs
-    try: made = cls.from_pretrained(which if path is None else str(path), **kwargs)
+    try:
+        kind = want and PreTrainedConfig.get_config_dict(where)[0].get('model_type', 'no such configuration')
+        made = cls.from_pretrained(where, **kwargs) if kind == want else None
     except Exception as e:
         if path is None: raise hub_error(e, which, '', name) from None
         raise ValueError(f'{name}: {path} holds no whole {cls.__name__} ({type(e).__name__}: '
                          f"{str(e).split(chr(10))[0][:120]})") from None
-    if model:
-        made, info = made
-        gaps = sorted(info['missing_keys']) + sorted(map(str, info['mismatched_keys']))
-        if gaps: raise ValueError(f'{name}: {which} lacks {len(gaps)} weights of {type(made).__name__}, '
-                                  f'first {gaps[0]}')
-        return made
+    if kind != want: raise ValueError(f'{name}: expected a model of type {want} in {which}, found {kind}')
+    return _all_of(*made, which, name) if model else _with_words(made, which, name)
+
+_COUNTED = r'(^|\.)(position_ids|inv_freq)$'  # Kept by old checkpoints, computed by today's classes
+
+def _all_of(made, info, which, name):
+    gaps = sorted(info['missing_keys']) + sorted(map(str, info['mismatched_keys']))
+    extra = [k for k in sorted(info['unexpected_keys']) if not re.search(_COUNTED, k)]
+    for has, what, keys in (('lacks', 'of', gaps), ('has', 'unknown to', extra)):
+        if keys: raise ValueError(f'{name}: not the right checkpoint: {which} {has} {len(keys)} weights '
+                                  f'{what} {type(made).__name__}, first {keys[0]}')
+    return made
+
+def _with_words(made, which, name):
     tok = getattr(made, 'tokenizer', made)
     if hasattr(tok, 'all_special_tokens') and len(tok) <= len(tok.all_special_tokens):
         raise ValueError(f'{name}: no vocabulary of {type(tok).__name__} in {which}; '

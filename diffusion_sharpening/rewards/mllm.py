@@ -289,7 +289,7 @@ class Chat:
         except openai.APIError: real = 0.; raise
         finally: self.budget.settle(most, real)
 
-# %% ../../nbs/4_rewards/40_mllm.ipynb #2103ab2b
+# %% ../../nbs/4_rewards/40_mllm.ipynb #ffa8f154
 def in_threads(f, # Called as `f(*row)`
                rows:list, # Arguments
                workers:int # Threads
@@ -305,7 +305,7 @@ def in_threads(f, # Called as `f(*row)`
 
 class MLLMGrader(Reward):
     "Pictures graded by a multimodal language model; NaN, counted, where it gave no valid grade"
-    name, differentiable, may_fail = 'mllm', False, True
+    name, differentiable, may_fail, slow = 'mllm', False, True, 16
 
     def __init__(self,
         which:str=None, # `http://host:port/v1#model`, settings after a `?`; `shapes`: the embedded grader

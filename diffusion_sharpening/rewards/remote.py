@@ -6,7 +6,7 @@
 __all__ = ['MAX_BODY', 'RETRY', 'to_png', 'from_png', 'pack', 'unpack', 'answer', 'make_server', 'serve', 'serving', 'post',
            'Remote']
 
-# %% ../../nbs/4_rewards/44_remote.ipynb #b26632af
+# %% ../../nbs/4_rewards/44_remote.ipynb #b87f01cc
 import base64, hmac, io, json, math, os, random, threading, time, torch
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +16,6 @@ from torch import Tensor
 from urllib import error, request
 from urllib.parse import urlsplit
 from .base import Reward, RewardError
-from .combined import scores
 
 # %% ../../nbs/4_rewards/44_remote.ipynb #30b0c68a
 def to_png(image:Tensor # `(3, H, W)` in [0, 1]
@@ -63,15 +62,16 @@ def _picture(i, text):
     try: return from_png(base64.b64decode(text, validate=True))
     except ValueError as e: raise ValueError(f'images[{i}]: {e}') from None
 
-# %% ../../nbs/4_rewards/44_remote.ipynb #cd41277c
+# %% ../../nbs/4_rewards/44_remote.ipynb #ff5bb2b9
 def answer(reward:Reward, # What computes the scores
            body:bytes # Of a request
           )->tuple: # HTTP status and reply
     "Answer one request"
     try: images, prompts = unpack(body)
     except ValueError as e: return 400, dict(error=str(e))
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
-        with torch.no_grad(): s = scores(reward, images, prompts).tolist()
+        with torch.no_grad(): s = reward([x.to(device) for x in images], prompts).tolist()
     except ValueError as e: return 422, dict(error=str(e))
     except Exception as e: return 500, dict(error=f'{reward.name}: {type(e).__name__}: {e}')
     return 200, dict(scores=[None if math.isnan(v) else v for v in s])
@@ -121,7 +121,7 @@ def make_server(reward:Reward, port:int=0, host:str='127.0.0.1', key:str=None): 
 
 _LOCAL = ('127.0.0.1', 'localhost', '::1')
 
-# %% ../../nbs/4_rewards/44_remote.ipynb #52982b6a
+# %% ../../nbs/4_rewards/44_remote.ipynb #c9cfa57d
 def serve(reward:Reward, # What computes the scores
           port:int=8765, # 0: any free one
           host:str='127.0.0.1', # This machine only; `0.0.0.0`: all, wants a key
@@ -129,7 +129,8 @@ def serve(reward:Reward, # What computes the scores
          )->None: # Until Ctrl-C
     "Serve a reward over HTTP"
     with make_server(reward, port, host, key) as server:
-        print(f'{reward.name} at http://{host}:{server.server_port}/score (Ctrl-C stops)', flush=True)
+        url = f'http://{host}:{server.server_port}/score'
+        print(f'{reward.name} at {url} (Ctrl-C stops); ask it with --reward remote@{url}', flush=True)
         try: server.serve_forever()
         except KeyboardInterrupt: pass
 
@@ -187,10 +188,10 @@ def _checked(url):
         raise ValueError('remote: expected no password in the URL; set SHARPEN_REWARD_KEY instead')
     return str(url)
 
-# %% ../../nbs/4_rewards/44_remote.ipynb #873b8235
+# %% ../../nbs/4_rewards/44_remote.ipynb #b702839d
 class Remote(Reward):
     "A reward that a server computes"
-    name, may_fail = 'remote', True
+    name, may_fail, slow = 'remote', True, 64
 
     def __init__(self,
         which:str=None, # URL

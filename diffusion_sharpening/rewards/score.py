@@ -6,12 +6,11 @@
 __all__ = ['KINDS', 'list_images', 'read_pairs', 'read_image', 'fingerprints', 'open_journal', 'summarise', 'write_scores',
            'score_folder']
 
-# %% ../../nbs/4_rewards/46_score.ipynb #9abb19cb
+# %% ../../nbs/4_rewards/46_score.ipynb #fd561cb5
 import csv, hashlib, io, json, math, os, re, time, torch
 from pathlib import Path
 from torch import Tensor
 from .base import load_reward
-from .combined import scores
 
 # %% ../../nbs/4_rewards/46_score.ipynb #f8fc4a8b
 KINDS = '.png .jpg .jpeg .webp .bmp .tif .tiff'.split()
@@ -122,11 +121,11 @@ def open_journal(path, # `scores.jsonl`, which need not exist
     if found == label: return done
     raise ValueError(f'out: {path.parent} holds scores of {found!r}, not {label!r}; choose another folder')
 
-# %% ../../nbs/4_rewards/46_score.ipynb #0c1ad688
+# %% ../../nbs/4_rewards/46_score.ipynb #243f09fc
 def _rows(reward, folder, todo, device): # Finished rows of one batch
     images, texts = [read_image(Path(folder)/f).to(device) for f, _, _ in todo], [p for _, _, p in todo]
     parts = getattr(reward, 'rewards', None)
-    with torch.no_grad(): S = [scores(r, images, texts) for r in parts or [reward]]
+    with torch.no_grad(): S = [r(images, texts).cpu() for r in parts or [reward]]
     w = reward.weights.tolist() if parts else [1.]
     total = sum(k*s for k, s in zip(w, S)); num = lambda v: None if math.isnan(v) else v
     rows = [dict(file=f, sum=h, prompt=p, score=num(v)) for (f, h, p), v in zip(todo, total.tolist())]

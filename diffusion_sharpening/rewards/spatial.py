@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SIDES', 'NEAR', 'FRAME', 'iou', 'position', 'spatial_score', 'read_relation', 'best_boxes', 'Spatial', 'tiny_owlv2']
 
-# %% ../../nbs/4_rewards/38_spatial.ipynb #556e922a
+# %% ../../nbs/4_rewards/38_spatial.ipynb #a9b60ef3
 import re, warnings, torch
 from torch import Tensor
 from .base import Reward, RewardError
-from .blip_vqa import expect_type, split_by_rules
+from .blip_vqa import split_by_rules
 from .files import pretrained
 
 # %% ../../nbs/4_rewards/38_spatial.ipynb #96628a62
@@ -84,7 +84,7 @@ def best_boxes(found:dict # What the processor's `post_process_grounded_object_d
         out.append((tuple(found['boxes'][best].tolist()), found['scores'][best].item()))
     return tuple(out)
 
-# %% ../../nbs/4_rewards/38_spatial.ipynb #fc3dfc36
+# %% ../../nbs/4_rewards/38_spatial.ipynb #f878ae6d
 class Spatial(Reward):
     "The benchmark's spatial geometry on OWLv2's boxes"
     name = 'spatial_owlv2'
@@ -96,9 +96,8 @@ class Spatial(Reward):
     ):
         from transformers import Owlv2ForObjectDetection, Owlv2Processor
         which = which or 'google/owlv2-base-patch16-ensemble'
-        expect_type(which, 'owlv2', self.name)
-        self.proc = pretrained(Owlv2Processor, which, self.name)
         self.net = pretrained(Owlv2ForObjectDetection, which, self.name).eval().requires_grad_(False)
+        self.proc = pretrained(Owlv2Processor, which, self.name)
         self.threshold, self.batch = threshold, batch
 
     @torch.no_grad()

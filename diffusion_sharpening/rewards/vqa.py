@@ -83,7 +83,7 @@ def answer_id(tok, # The model's tokenizer
     raise ValueError(f'{name}: {answer!r} takes {len(ids)} tokens of this model, expected one; '
                      'give answer= a word that is one token')
 
-# %% ../../nbs/4_rewards/36_vqa.ipynb #94d2bde4
+# %% ../../nbs/4_rewards/36_vqa.ipynb #07d633c4
 def _pil(images):
     "Pictures in eight bits, as processors take them"
     from PIL import Image
@@ -95,8 +95,6 @@ def load_vlm(which:str, # Folder, or hub id
             )->tuple: # Model and processor, in the precision they were saved in; ValueError in one line
     "Load any image-text-to-text model, padded on the left"
     from transformers import AutoModelForImageTextToText, AutoProcessor
-    if which == 'shapes':
-        raise ValueError(f'{name}: the world shapes has no weights for it; name a model: {name}@FOLDER')
     proc = pretrained(AutoProcessor, which, name)
     if not hasattr(proc, 'image_processor'):
         raise ValueError(f'{name}: expected a model of pictures and text in {which}, '

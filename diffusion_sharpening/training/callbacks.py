@@ -6,9 +6,9 @@
 __all__ = ['FREE', 'Progress', 'Log', 'Validate', 'save_grid', 'Timer', 'Alarms', 'Tracker', 'identity', 'snapshot', 'restore',
            'unfinished', 'Checkpoint']
 
-# %% ../../nbs/6_training/53_callbacks.ipynb #8ebb32af
+# %% ../../nbs/6_training/53_callbacks.ipynb #0dac91a9
 import json, shutil, torch
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from ..rewards.checker import image_stats
 from ..stages import stage
@@ -91,7 +91,7 @@ class Tracker(Callback):
     def close(self):
         if hasattr(self, 'acc'): self.acc.end_training()
 
-# %% ../../nbs/6_training/53_callbacks.ipynb #0ab9b1d6
+# %% ../../nbs/6_training/53_callbacks.ipynb #02d961c3
 FREE = ('steps', 'seconds', 'checkpoint_every', 'keep', 'patience')  # Settings that may differ when a run goes on
 
 def identity(s, about:dict)->dict:
@@ -113,7 +113,7 @@ def snapshot(s, about:dict)->tuple: # Tensors by file, and the record
 @torch.no_grad()
 def restore(s, tensors:dict, record:dict, about:dict): # `CheckpointError` if it belongs to another run
     "Put a run back where it was"
-    was, now = record['identity'], identity(s, about)
+    was, now = {**_defaults(s), **record['identity']}, identity(s, about)
     for k in sorted(was.keys() | now.keys()):
         if was.get(k) != now.get(k):
             raise CheckpointError(f'resume: {k} was {was.get(k)!r} when this run was saved and is {now.get(k)!r} now')
@@ -127,6 +127,9 @@ def restore(s, tensors:dict, record:dict, about:dict): # `CheckpointError` if it
         if f'{k}/exp_avg' in tensors['optimizer']: s.opt.state[p] = _moments(tensors['optimizer'], k, p)
     for k, v in record['counts'].items(): setattr(s, k, v)
     s.history = record['history']; set_random_state(tensors['random'], record['random'])
+
+def _defaults(s): # Settings that came after a checkpoint was written count as what they are by default
+    return {f'{kind}.{f.name}': f.default for kind, o in (('run', s.run), ('method', s.cfg)) for f in fields(o) if f.name not in FREE}
 
 def _moments(saved, k, p):
     return dict(step=saved[f'{k}/step'].clone(), exp_avg=saved[f'{k}/exp_avg'].to(p.device),

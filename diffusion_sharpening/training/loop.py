@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'LINEAR', 'Run', 'settings', 'TrainingError', 'Callback', 'State', 'prepare', 'batch_of', 'check_start',
-           'stopping', 'train']
+           'check_processes', 'stopping', 'train']
 
-# %% ../../nbs/6_training/51_loop.ipynb #348df010
+# %% ../../nbs/6_training/51_loop.ipynb #022439c3
 import signal, threading, time, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -14,12 +14,13 @@ from ..data import rows
 from ..latents import conditioning, dropped
 from ..methods.catalog import method as find_method
 from ..methods.sharpening import Batch, check_kinds, configure
+from ..models import backend_of
 from ..rewards.base import NonFinite
 from ..schedules import one_of
 from ..stages import stage
 from ..trajectories import START, fold, noise
 
-# %% ../../nbs/6_training/51_loop.ipynb #4af13a34
+# %% ../../nbs/6_training/51_loop.ipynb #3becceca
 ATTENTION = ('to_q', 'to_k', 'to_v', 'to_out.0')
 LINEAR = (*ATTENTION, 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2', 'time_emb_proj')
 
@@ -34,6 +35,8 @@ class Run:
     layers: str = 'linear'  # What LoRA adapts: attention, or linear for all of the transformers' and the time's layers
     clip: float = 1.        # Largest gradient norm
     ema: float = .95        # Moving average of the weights that is kept at the end; 0: the last weights
+    precision: str = 'float32' # Of the network: float32, or bfloat16 (what learns stays in float32)
+    compile: str = ''       # Backend of torch.compile for the network, e.g. inductor; empty: not compiled
     drop: float = 0.        # Share of captions left out in training, for classifier-free guidance
     buckets: bool = False   # Pictures in several shapes of about the same area, one shape per batch
     seconds: float = 0.     # Start no batch after this wall time; 0: no limit
@@ -48,6 +51,9 @@ class Run:
         if not 0 <= self.drop < 1: raise ValueError(f'drop: expected a share from 0 to below 1, found {self.drop}')
         if not self.lr > 0: raise ValueError(f'lr: expected a positive number, found {self.lr}')
         one_of(self.layers, ['attention', 'linear'], 'layers')
+        if self.precision == 'float16': raise ValueError('precision: float16 loses small gradients; expected float32 or bfloat16')
+        one_of(self.precision, ['float32', 'bfloat16'], 'precision')
+        if self.compile: backend_of(self.compile)
 
 def settings(name:str, # Of the method
              preset:str='default', # Of the method
@@ -60,7 +66,7 @@ def settings(name:str, # Of the method
     rest = {k: v for k, v in changes.items() if k in mine}
     return Run(**{k: v for k, v in changes.items() if k in own}), configure(m.settings, m.presets, preset, **rest)
 
-# %% ../../nbs/6_training/51_loop.ipynb #7d5b4b8b
+# %% ../../nbs/6_training/51_loop.ipynb #0ee8e4dd
 class TrainingError(RuntimeError):
     "A run that cannot go on"
 
@@ -92,10 +98,12 @@ class State:
 def prepare(model, run:Run, m, cfg):
     "Add the weights that learn, and those the method keeps beside them"
     layers = ATTENTION if run.layers == 'attention' else LINEAR
+    model.cast(run.precision)
     if run.rank: model.add_lora(run.rank, targets=layers, seed=run.seed)
     else: model.add_full(keep_base=True)
     m.setup(cfg, model)
     if run.ema: model.copy_adapter('policy', 'ema')
+    if run.compile: model.compile(run.compile)
 
 def batch_of(model, prompts, run, k, images, rank=0, world=1): # `Batch` of update `k`
     "Prompts, conditioning, seeds and pictures of one update; with several processes, this one's share of them"
@@ -107,7 +115,7 @@ def batch_of(model, prompts, run, k, images, rank=0, world=1): # `Batch` of upda
     x0 = None if images is None else images[i].to(model.device)
     return Batch(texts, cond, fold(fold(run.seed, k), torch.arange(run.batch)[mine]), x0)
 
-# %% ../../nbs/6_training/51_loop.ipynb #84ee015a
+# %% ../../nbs/6_training/51_loop.ipynb #45f31350
 @torch.no_grad()
 def check_start(model, batch:Batch, tol:float=2e-2): # `TrainingError` says what is not as it must be
     "Policy equals reference, and batched equals single; relative to the size of the output"
@@ -119,6 +127,14 @@ def check_start(model, batch:Batch, tol:float=2e-2): # `TrainingError` says what
     for what, other in (('policy and reference', ref), ('batched and single predictions', parts)):
         off = ((out-other).abs().max()/size).item()
         if not off <= tol: raise TrainingError(f'self-check: {what} differ by {off:.2g} of their size before the first update')
+
+def check_processes(acc, # `Accelerator`, as it was launched
+                    run:Run):
+    "Processes must share the prompts of a batch evenly, and hold whole weights"
+    if acc.distributed_type in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'):
+        raise ValueError(f'processes: expected MULTI_GPU, where each holds all weights; found {acc.distributed_type.split(".")[-1]}')
+    if run.batch % acc.num_processes:
+        raise ValueError(f'batch: expected a multiple of the {acc.num_processes} processes, found {run.batch}')
 
 @contextmanager
 def stopping(s:State):
@@ -146,9 +162,7 @@ def train(model, # `Denoiser` without adapters
     if not prompts: raise ValueError('train: expected at least one prompt, found none')
     if cfg.needs_images and images is None:
         raise ValueError(f'train: {method} with branch {cfg.branch!r} learns from pictures, found none')
-    acc = Accelerator(cpu=model.device.type == 'cpu')
-    if run.batch % acc.num_processes:
-        raise ValueError(f'batch: expected a multiple of the {acc.num_processes} processes, found {run.batch}')
+    acc = Accelerator(cpu=model.device.type == 'cpu'); check_processes(acc, run)
     prepare(model, run, m, cfg)
     opt = acc.prepare(torch.optim.AdamW(model.trainable(), lr=run.lr, betas=(.9, .99), weight_decay=0.))
     s = State(model, run, cfg, opt, history=[], rank=acc.process_index, world=acc.num_processes)
@@ -166,7 +180,7 @@ def train(model, # `Denoiser` without adapters
     for cb in callbacks: cb.end(s)
     return s
 
-# %% ../../nbs/6_training/51_loop.ipynb #e646b879
+# %% ../../nbs/6_training/51_loop.ipynb #ff68cbd5
 def _batches(acc, s, m, reward, prompts, images, callbacks):
     t0, before, run = time.time(), s.seconds, s.run
     while s.k < run.steps and not s.stop and not (run.seconds and s.seconds > run.seconds):
@@ -196,18 +210,18 @@ def _learn(acc, s, m, lesson):
     s.images = lesson.get('images'); s.nfe += lesson['log']['nfe']*s.world
     share = _share(acc, lesson.get('use'))
     for u in range(getattr(s.cfg, 'updates', 1)): extra = _update(acc, s, m, lesson, u, share)
-    s.log |= _means(acc, {**lesson['log'], **extra})
+    s.log |= _statistics(acc, {**lesson['log'], **extra})
     if 'nfe' in s.log: s.log['nfe'] = lesson['log']['nfe']*s.world
 
 def _share(acc, use): # Weight of this process's loss: its prompts that count, relative to the mean process
     if acc.num_processes == 1 or use is None: return 1.
-    return (use.sum()/acc.reduce(use.sum(), 'mean').clamp(min=1e-9)).item()
+    return use.sum()/acc.reduce(use.sum(), 'mean').clamp(min=1e-9)
 
-def _means(acc, log): # Statistics over all processes
-    if acc.num_processes == 1: return log
-    ks = sorted(k for k in log if log[k] is not None)
-    row = acc.reduce(torch.tensor([float(log[k]) for k in ks], device=acc.device), 'mean').tolist()
-    return log | dict(zip(ks, row))
+def _statistics(acc, log): # As numbers, over all processes
+    ks = sorted(k for k, v in log.items() if torch.is_tensor(v) or (acc.num_processes > 1 and v is not None))
+    if not ks: return log
+    row = torch.stack([torch.as_tensor(log[k], dtype=torch.float32, device=acc.device).detach() for k in ks])
+    return log | dict(zip(ks, (row if acc.num_processes == 1 else acc.reduce(row, 'mean')).tolist()))
 
 def _average(acc, loss, ps): # The loss and the gradients, averaged over processes in one message
     if acc.num_processes == 1: return loss.detach()
@@ -229,4 +243,4 @@ def _update(acc, s, m, lesson, u, share):
             return dict(loss=None, grad_norm=None, **{k: None for k in extra})
         s.bad = 0; s.opt.step(); m.after(s.cfg, s.model)
         if s.run.ema: s.model.blend_adapter('policy', 'ema', 1-s.run.ema)
-    return dict(loss=loss.item(), grad_norm=norm.item(), **extra)
+    return dict(loss=loss, grad_norm=norm, **extra)

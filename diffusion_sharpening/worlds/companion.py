@@ -155,12 +155,12 @@ def drawn_pairs(n:int, # How many
     if len(ims) != n: raise ValueError(f'{words}: expected {n} pairs, found {len(ims)}; remove both files')
     return ims, json.loads(words.read_text())
 
-# %% ../../nbs/3_worlds/23_companion.ipynb #1dd13fcb
+# %% ../../nbs/3_worlds/23_companion.ipynb #b1b5e49d
 def pretrain(work, # Folder of the run: pairs, latents, state files and logs
              out, # Folder that gets `shapes-sdxl` and `shapes-clip`
              pairs:int=60000, # Half of them from seed 0, half from seed 1
              vae_steps:int=4500, # Updates of the autoencoder
-             base_steps:int=10000, # Updates of U-Net and text encoders
+             base_steps:int=14000, # Updates of U-Net and text encoders
              clip_steps:int=3500 # Updates of the reward
             ):
     "Train all embedded weights; started again after a stop, it goes on where it was"

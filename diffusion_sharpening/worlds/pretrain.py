@@ -225,7 +225,7 @@ class Trainee(torch.nn.Module):
         added = dict(text_embeds=o2.text_embeds*keep[:,None], time_ids=sizes)
         return self.unet(x_t, t, encoder_hidden_states=h, added_cond_kwargs=added).sample
 
-# %% ../../nbs/3_worlds/22_pretraining.ipynb #d22ab36e
+# %% ../../nbs/3_worlds/22_pretraining.ipynb #1adad3fc
 def base_loss(latents:torch.Tensor, # `(n, C, h, w)`
               ids:tuple, # Token ids for both encoders
               batch:int=32, # Pairs per update
@@ -248,7 +248,7 @@ def train_base(latents:torch.Tensor, # `(n, 12, 8, 8)`
                texts:list, # Their captions
                vae, # The trained autoencoder
                work, # Folder of the run
-               steps:int=10000 # Updates
+               steps:int=14000 # Updates
               ): # The trained pipeline, also saved in `work/shapes-sdxl`
     "Train U-Net and text encoders from noise"
     pipe = shapes_sdxl(Path(work)/'untrained')

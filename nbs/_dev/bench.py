@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"Time and memory of the inner loops: `bench.py [rollout|selection] [--model FOLDER] [--json FILE]`"
+"Time and memory of the inner loops: `bench.py [rollout|selection|update] [--model FOLDER] [--json FILE]`"
 import argparse, json, os, platform, resource, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(root))
+KINDS = ['rollout', 'selection', 'update']
 prompts = ['a red circle', 'a blue square', 'a green star', 'a yellow triangle']
 
 def embedded(): return root/'data'/'shapes-sdxl'
@@ -193,12 +194,16 @@ def peak(folder, batch, n, m, way):
 
 def child(a):
     "Print the rise of the peak in one update; a small one before it loads code and allocates gradients"
-    f, (d, cfg) = list(ways.values())[a.child], policy(a.model, a.n, a.m)
-    gradient(d, f(d, cfg, one_batch(d, 1)))
-    batch = one_batch(d, a.train_batch)
-    reset_peak()
-    before = peak_mb()
-    gradient(d, f(d, cfg, batch))
+    if a.child.isdigit():
+        f, (d, cfg) = list(ways.values())[int(a.child)], policy(a.model, a.n, a.m)
+        update = lambda b: gradient(d, f(d, cfg, b))
+    else:
+        from diffusion_sharpening.rewards.base import load_reward
+        method, way = a.child.split('-')
+        (d, how, cfg), reward = learner(a.model, method, a.n, a.m), load_reward('clip', 'shapes')
+        update = lambda b: gradient(d, updates[way](d, how, cfg, b, reward))
+    update(one_batch(d, 1)); batch = one_batch(d, a.train_batch)
+    reset_peak(); before = peak_mb(); update(batch)
     print(json.dumps(peak_mb() - before))
 
 def print_selection(r):
@@ -208,6 +213,75 @@ def print_selection(r):
     for k in ways: print(f"{k:<30}{r['seconds'][k]:>9.3f}{r['graph_MB'][k]:>10.1f}{r['peak_MB'][k]:>9.1f}")
     print(f"all in the graph takes {r['ratio']:.2f} × the time; "
           f"relative difference of the gradients: {r['gradient_difference']:.1e}")
+
+# (c) One update of the library beside the released algorithm, written down straightforwardly
+
+def learner(folder, method, n, m):
+    "A model with a LoRA that learns, its method and the paper's settings"
+    from diffusion_sharpening.methods.catalog import method as find
+    from diffusion_sharpening.training.loop import prepare, settings
+    d, how = load(folder), find(method)
+    run, cfg = settings(method, 'paper', n=n, m=m, S=max(20, m))
+    prepare(d, run, how, cfg)
+    return d, how, cfg
+
+def ours(d, how, cfg, batch, reward): return how.loss(cfg, d, how.collect(cfg, d, reward, batch))[0]
+
+def one_path(d, cfg, batch, x, eps, ts, reward=None):
+    "Errors and values along one candidate's path; whatever gradients are on stay on, through sampler, decoder and reward"
+    from diffusion_sharpening.losses import denoising
+    from diffusion_sharpening.samplers import step
+    errs, R = [], 0.
+    for t, s in zip(ts, ts[1:]):
+        x0, e = d.predict(x, t.clamp(min=0), batch.cond)
+        errs.append(denoising(e, eps))
+        if reward is not None: R = R + reward(d.decode(x0, fast=True, grad=True), batch.prompts)
+        x = step(d.schedule, x, x0, e, t, s).prev
+    return sum(errs)/len(errs), R
+
+def released(d, how, cfg, batch, reward):
+    "Every candidate rolled out, decoded and scored with its graph, one after the other; then the choice and the loss"
+    import torch
+    from diffusion_sharpening.losses import log_ratio, preference
+    from diffusion_sharpening.methods.sharpening import starts
+    from diffusion_sharpening.path_integral import argmax, pair, pick, standardise
+    from diffusion_sharpening.schedules import add_noise
+    from diffusion_sharpening.trajectories import START, fold, noise
+    ts, got, refs, rlhf = starts(cfg, d.schedule, d.grid(cfg.S), batch.seeds), [], [], how.name == 'rlhf'
+    for i in range(cfg.n):
+        eps = noise(fold(batch.seeds, i), START, d.shape, d.device)
+        x = add_noise(d.schedule, batch.x0, eps, ts[0])
+        got.append(one_path(d, cfg, batch, x, eps, ts, reward))
+        with torch.no_grad(), d.reference(): refs.append(one_path(d, cfg, batch, x, eps, ts)[0] if rlhf else None)
+    errs, R = (torch.stack(v) for v in zip(*got))
+    if not rlhf: return pick(errs, argmax(R)).mean()
+    (w, l), ref, Z = pair(R), torch.stack(refs), standardise(R.detach())
+    lw, ll = (log_ratio(pick(errs, i), pick(ref, i)) for i in (w, l))
+    return preference(cfg.beta*(lw-ll), pick(Z, w) - pick(Z, l), cfg.kind).mean()
+
+updates = dict(library=ours, released=released)
+
+def bench_update(folder, batch, n, m, repeat):
+    "Seconds and peak memory of one SFT and one RLHF update in both ways, with the embedded CLIP as the reward"
+    from diffusion_sharpening.rewards.base import load_reward
+    reward, out = load_reward('clip', 'shapes'), {}
+    for method in ('sft', 'rlhf'):
+        d, how, cfg = learner(folder, method, n, m)
+        args = d, how, cfg, one_batch(d, batch), reward
+        rows = paired({k: lambda f=f: gradient(d, f(*args)) for k, f in updates.items()}, repeat)
+        peaks = {k: peak(folder, batch, n, m, f'{method}-{k}') for k in updates}
+        out[method] = dict(seconds={k: median(rows, k) for k in updates}, peak_MB=peaks,
+                           times_faster=ratio(rows, 'released', 'library'), memory_share=peaks['library']/peaks['released'])
+    return dict(batch=batch, n=n, m=m, repeat=repeat, **out)
+
+def print_update(r):
+    print(f"\nOne update beside the released algorithm: {r['batch']} prompts, {r['n']} candidates, {r['m']} steps; "
+          f"median of {r['repeat']} paired rounds")
+    print(f"{'':<6}{'seconds':>9}{'released':>10}{'faster':>8}{'peak MB':>10}{'released':>10}{'share':>7}")
+    for k in ('sft', 'rlhf'):
+        s, p = r[k]['seconds'], r[k]['peak_MB']
+        print(f"{k:<6}{s['library']:>9.3f}{s['released']:>10.3f}{r[k]['times_faster']:>7.2f}×"
+              f"{p['library']:>10.0f}{p['released']:>10.0f}{r[k]['memory_share']:>7.2f}")
 
 # Report
 
@@ -221,7 +295,7 @@ def setup():
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('what', nargs='*', help="rollout, selection (default: both)")
+    p.add_argument('what', nargs='*', help="rollout, selection, update (default: all)")
     p.add_argument('--model', help="folder of a pipeline (default: the embedded one, or one of its size)")
     p.add_argument('--batch', type=int, default=16, help="pictures of a rollout")
     p.add_argument('--steps', type=int, default=20, help="sampler steps of a rollout")
@@ -230,17 +304,17 @@ def arguments():
     p.add_argument('-m', type=int, default=3, help="steps per path of an update")
     p.add_argument('--repeat', type=int, default=7, help="paired rounds")
     p.add_argument('--json', help="file to write the numbers to")
-    p.add_argument('--child', type=int, help=argparse.SUPPRESS)
+    p.add_argument('--child', help=argparse.SUPPRESS)
     a = p.parse_args()
     for o in a.what:
-        if o not in ('rollout', 'selection'): p.error(f"expected rollout or selection, found {o!r}")
+        if o not in KINDS: p.error(f"expected {', '.join(KINDS)}, found {o!r}")
     return a
 
 def main():
     a = arguments()
     if a.child is not None: return child(a)
     with tempfile.TemporaryDirectory() as tmp:
-        folder, what = model_folder(a.model, tmp), a.what or ['rollout', 'selection']
+        folder, what = model_folder(a.model, tmp), a.what or KINDS
         name = 'shapes-sdxl' if embedded().is_dir() else 'shapes-sdxl, untrained'
         out = dict(setup=dict(model=a.model or name, **setup()))
         print(', '.join(f'{k} {v}' for k, v in out['setup'].items()))
@@ -250,6 +324,9 @@ def main():
         if 'selection' in what:
             out['selection'] = bench_selection(folder, a.train_batch, a.n, a.m, a.repeat)
             print_selection(out['selection'])
+        if 'update' in what:
+            out['update'] = bench_update(folder, a.train_batch, a.n, a.m, a.repeat)
+            print_update(out['update'])
     if a.json: Path(a.json).write_text(json.dumps(out, indent=1) + '\n')
 
 if __name__ == '__main__': main()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train presets of SFT and RLHF at equal wall time over several seeds, and gather the changes on held-out prompts.
 
-`python nbs/_dev/compare.py --seconds 150 --seeds 3` trains what is not there yet in runs/compare, then writes data/results/comparison.json."""
+`python nbs/_dev/compare.py --seconds 100 --seeds 3` trains what is not there yet in runs/compare, then writes data/results/comparison.json."""
 import argparse, json
 from pathlib import Path
 import torch
@@ -31,18 +31,21 @@ def row(method, preset, reps):
                 image_stats={k: sum(r['delta']['image_stats'][k] for r in reps)/len(reps) for k in reps[0]['delta']['image_stats']},
                 batches=[r['batches'] for r in reps], lr=reps[0]['settings']['run']['lr'])
 
+def compare(names, seeds, seconds, lr, command):
+    "All presets with the first seed, then with the next: what is there so far is always a fair comparison"
+    folder, reps, out = root/'runs'/'compare', {n: [] for n in names}, root/'data'/'results'/'comparison.json'
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for s in range(seeds):
+        for n in names: reps[n].append(one(*n.split('-'), s, seconds, folder, lr)); print(n, s, reps[n][-1]['delta']['checker']['overall'], flush=True)
+        rows = [row(*n.split('-'), r) for n, r in reps.items()]
+        out.write_text(json.dumps(dict(command=command, heldout_prompts=reps[names[0]][0]['heldout_prompts'], rows=rows, **jobs.provenance()), indent=1)+'\n')
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--seconds', type=float, default=150); p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--seconds', type=float, default=100); p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--only', nargs='*', help='method-preset, e.g. rlhf-contrast'); p.add_argument('--lr', type=float, default=5e-4)
-    a = p.parse_args(); folder = root/'runs'/'compare'; rows = []
-    for method, presets in SETUPS.items():
-        for preset in presets:
-            if a.only and f'{method}-{preset}' not in a.only: continue
-            reps = [one(method, preset, s, a.seconds, folder, a.lr) for s in range(a.seeds)]
-            rows.append(row(method, preset, reps)); print(json.dumps(rows[-1]))
-    out = root/'data'/'results'/'comparison.json'; out.parent.mkdir(parents=True, exist_ok=True)
+    a = p.parse_args(); names = [f'{m}-{k}' for m, ks in SETUPS.items() for k in ks]
     cmd = f'python nbs/_dev/compare.py --seconds {a.seconds:g} --seeds {a.seeds} --lr {a.lr:g}' + (f" --only {' '.join(a.only)}" if a.only else '')
-    out.write_text(json.dumps(dict(command=cmd, heldout_prompts=reps[0]['heldout_prompts'], rows=rows, **jobs.provenance()), indent=1)+'\n')
+    compare([n for n in names if not a.only or n in a.only], a.seeds, a.seconds, a.lr, cmd)
 
 if __name__ == '__main__': main()

@@ -54,10 +54,16 @@ CARD = """# What lies here
 
 Weights that this repository trained itself, from nothing, on its own procedural world (`worlds.shapes`). Apache-2.0.
 
-- `shapes-sdxl/`: a `StableDiffusionXLPipeline`. 64-pixel pictures, 8 × 8 × 12 latents; U-Net {unet:.1f} M parameters, two CLIP text encoders, v-prediction. Load it with plain `StableDiffusionXLPipeline.from_pretrained`.
-- `shapes-clip/`: an open_clip model that scores pictures of Shapes against captions. Load it with `open_clip.create_model_and_transforms('local-dir:…/shapes-clip')`.
-- `shapes-grader/`: a LLaVA of 0.3 M parameters that grades pictures of Shapes behind `transformers serve`. An interim training of an earlier recipe: it hears wrong colours, not textures or poor drawing (`results/rewards-mllm.json`).
-- `results/`: measurements, each with the command that makes it again.
+| folder | what it is, and how it is loaded | made by |
+|---|---|---|
+| `shapes-sdxl/` | a `StableDiffusionXLPipeline`: 64-pixel pictures, 8 × 8 × 12 latents, U-Net {unet:.1f} M parameters, two CLIP text encoders, v-prediction; plain `StableDiffusionXLPipeline.from_pretrained` | `make weights` |
+| `shapes-clip/` | an open_clip model that scores pictures of Shapes against captions; `open_clip.create_model_and_transforms('local-dir:…/shapes-clip')`, the reward `clip@shapes` | `make weights` |
+| `shapes-grader/` | a LLaVA of 0.3 M parameters that grades pictures of Shapes behind `transformers serve`, the reward `mllm@shapes`; a coarse judge that hears wrong colours, half hears outlines and no textures (`results/rewards-mllm.json`) | `python nbs/_dev/grader_weights.py` |
+| `shapes-preference/` | a small ImageReward-style judge of pictures of Shapes, its towers begun from `shapes-clip/`, trained on made-up choices; the reward `preference@shapes`; a first training, no better than the CLIP on such choices (`results/rewards-preference.json`) | `python nbs/_dev/preference_weights.py` |
+| `shapes-aesthetic/` | one linear layer on the picture tower of `shapes-clip/`, fitted to the ratings of a made-up taste (warm colours, patterned fills); the reward `aesthetic@shapes` (`results/rewards-preference.json`) | the same command |
+| `results/` | measurements, each with the command that makes it again | the commands named in the files |
+
+All of it is licensed like the code (Apache-2.0). Pictures, captions, choices and ratings are drawn by this repository's own code; no photograph, no artwork, no person's judgement and no published weights are in it. The tokenizers are trained on the same captions.
 
 ## Training
 
@@ -78,7 +84,7 @@ Weights that this repository trained itself, from nothing, on its own procedural
 Best of 8 by the checker on 60 of the captions: {best} against {one} for a single picture. The CLIP prefers a picture's own caption to a near miss in {clip}.
 Sampling takes {ms:.2f} ms per image and step with PyTorch's thread count at {threads}, on a machine that was busy with other work.
 
-With classifier-free guidance 3 (twice the network calls) the checker gives {guided}. Fills still leak between things and colours are sometimes swapped: longer training is what it needs first.
+With classifier-free guidance 3 (twice the network calls) the checker gives {guided}. Fills still leak between things and colours are sometimes swapped.
 """
 
 def show(i): return f"{i['mean']:.3f} [{i['low']:.3f}, {i['high']:.3f}]"
