@@ -6,7 +6,7 @@
 __all__ = ['KNOWN', 'ALIASES', 'Anatomy', 'anatomy', 'text_params', 'Live', 'Cost', 'Fused', 'count', 'picture_side', 'unet_cost',
            'vae_cost']
 
-# %% ../../nbs/6_training/53b_counting.ipynb #e64d5732
+# %% ../../nbs/6_training/53b_counting.ipynb #dcb71bf3
 import json, torch, weakref
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from ..lora import Policies
-from ..models import dtype_of
+from ..loading import dtype_of
 from ..schedules import one_of
 from .loop import ATTENTION, LINEAR
 from ..worlds.embedded import EMBEDDED, model_path
