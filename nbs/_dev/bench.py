@@ -99,14 +99,14 @@ def print_rollout(r):
 
 # (b) Choose first and learn from the chosen, or keep every candidate in the graph
 
-def policy(folder, n, m):
-    "A model with a LoRA that learns, and settings: SFT as the paper prints it"
-    from diffusion_sharpening.methods.catalog import method
+def learner(folder, method, n, m):
+    "A model with a LoRA that learns, its method and the paper's settings"
+    from diffusion_sharpening.methods.catalog import method as find
     from diffusion_sharpening.training.loop import prepare, settings
-    d = load(folder)
-    run, cfg = settings('sft', 'paper', n=n, m=m, S=max(20, m))
-    prepare(d, run, method('sft'), cfg)
-    return d, cfg
+    d, how = load(folder), find(method)
+    run, cfg = settings(method, 'paper', n=n, m=m, S=max(20, m))
+    prepare(d, run, how, cfg)
+    return d, how, cfg
 
 def one_batch(d, B):
     "Prompts and latents of one update"
@@ -157,7 +157,7 @@ def gradient(d, loss):
 def bench_selection(folder, batch, n, m, repeat):
     "Seconds, graph and peak memory of one update (rollout, choice, loss, backward) in both ways"
     import torch
-    d, cfg = policy(folder, n, m)
+    d, _, cfg = learner(folder, 'sft', n, m)
     args, g = (d, cfg, one_batch(d, batch)), torch.Generator().manual_seed(0)
     for p in d.trainable(): p.data += .01*torch.randn(p.shape, generator=g).to(p.device)
     grads, graph = {}, {}
@@ -195,7 +195,7 @@ def peak(folder, batch, n, m, way):
 def child(a):
     "Print the rise of the peak in one update; a small one before it loads code and allocates gradients"
     if a.child.isdigit():
-        f, (d, cfg) = list(ways.values())[int(a.child)], policy(a.model, a.n, a.m)
+        f, (d, _, cfg) = list(ways.values())[int(a.child)], learner(a.model, 'sft', a.n, a.m)
         update = lambda b: gradient(d, f(d, cfg, b))
     else:
         from diffusion_sharpening.rewards.base import load_reward
@@ -216,18 +216,9 @@ def print_selection(r):
 
 # (c) One update of the library beside the released algorithm, written down straightforwardly
 
-def learner(folder, method, n, m):
-    "A model with a LoRA that learns, its method and the paper's settings"
-    from diffusion_sharpening.methods.catalog import method as find
-    from diffusion_sharpening.training.loop import prepare, settings
-    d, how = load(folder), find(method)
-    run, cfg = settings(method, 'paper', n=n, m=m, S=max(20, m))
-    prepare(d, run, how, cfg)
-    return d, how, cfg
-
 def ours(d, how, cfg, batch, reward): return how.loss(cfg, d, how.collect(cfg, d, reward, batch))[0]
 
-def one_path(d, cfg, batch, x, eps, ts, reward=None):
+def one_path(d, batch, x, eps, ts, reward=None):
     "Errors and values along one candidate's path; whatever gradients are on stay on, through sampler, decoder and reward"
     from diffusion_sharpening.losses import denoising
     from diffusion_sharpening.samplers import step
@@ -251,8 +242,8 @@ def released(d, how, cfg, batch, reward):
     for i in range(cfg.n):
         eps = noise(fold(batch.seeds, i), START, d.shape, d.device)
         x = add_noise(d.schedule, batch.x0, eps, ts[0])
-        got.append(one_path(d, cfg, batch, x, eps, ts, reward))
-        with torch.no_grad(), d.reference(): refs.append(one_path(d, cfg, batch, x, eps, ts)[0] if rlhf else None)
+        got.append(one_path(d, batch, x, eps, ts, reward))
+        with torch.no_grad(), d.reference(): refs.append(one_path(d, batch, x, eps, ts)[0] if rlhf else None)
     errs, R = (torch.stack(v) for v in zip(*got))
     if not rlhf: return pick(errs, argmax(R)).mean()
     (w, l), ref, Z = pair(R), torch.stack(refs), standardise(R.detach())
