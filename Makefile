@@ -46,7 +46,7 @@ notebooks: $(stamp)  ## Execute the notebooks and save their outputs (NB=nbs/1_m
 	$(in_venv) python nbs/_dev/run_notebooks.py --flags '$(FLAGS)' $(NB)
 
 weights: $(stamp)  ## Train the weights in data/ anew (an hour or two on a CPU; after a stop it goes on where it was)
-	$(in_venv) python -c "from diffusion_sharpening.worlds.companion import pretrain; pretrain('runs/weights', 'data')"
+	$(in_venv) python -c "from diffusion_sharpening.worlds.recipe import pretrain; pretrain('runs/weights', 'data')"
 
 constraints: $(stamp)  ## Bring constraints.txt to the newest versions that settings.ini allows
 	$(in_venv) uv pip compile -q --upgrade --universal --python-version 3.10 --extra dev --no-annotate \

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from .schedules import one_of
 
-# %% ../nbs/2_models/11_lora.ipynb #078e6759
+# %% ../nbs/2_models/11_lora.ipynb #1b8a5252
 targets = 'to_q', 'to_k', 'to_v', 'to_out.0'  # The attention projections
 
 class Policies:
@@ -24,6 +24,7 @@ class Policies:
     ):
         self.net = self.forward = net.requires_grad_(False).eval()
         self.named, self.layers, self.current, self.full, self.swap = {}, [], None, False, None
+        self.sharded = False               # Are the weights dealt out over processes?
 
     def __call__(self, *args, **kwargs) -> Tensor:
         "Call the network (or what was put in `forward`: compiled, distributed) with the current weights"
@@ -72,7 +73,7 @@ def add_lora(self:Policies,
     self.layers = [m for m in self.net.modules() if hasattr(m, '_disable_adapters')]
     self.activate(self.current or name)
 
-# %% ../nbs/2_models/11_lora.ipynb #4ba1e612
+# %% ../nbs/2_models/11_lora.ipynb #0ca2798c
 @patch
 def activate(self:Policies,
     name:str=None # Weights to use from now on; None: the base, all adapters off
@@ -82,7 +83,8 @@ def activate(self:Policies,
     for m in self.layers:
         m._disable_adapters = name is None
         if name is not None: m._active_adapter = [name]
-    self.swap = self.named[name] if self.full and name != self.full else None
+    if self.sharded and self.full: self.exchange(name)
+    else: self.swap = self.named[name] if self.full and name != self.full else None
     self.current = name
 
 @patch

@@ -303,7 +303,7 @@ def save_pipeline(self:Denoiser,
     if self.policies.layers: raise ValueError('save_pipeline: there are adapters; use save_lora')
     self.pipe.save_pretrained(dir)
 
-# %% ../nbs/2_models/12_models.ipynb #5c43f2ce
+# %% ../nbs/2_models/12_models.ipynb #3e6a3815
 @patch
 def cast(self:Denoiser,
     dtype # float32, float16 or bfloat16
@@ -339,6 +339,11 @@ def compile(self:Denoiser,
 def full(self:Denoiser) -> bool:
     "Does every weight learn?"
     return bool(self.policies.full)
+
+@patch(as_prop=True)
+def sharded(self:Denoiser) -> bool:
+    "Are the weights dealt out over processes?"
+    return self.policies.sharded
 
 # %% ../nbs/2_models/12_models.ipynb #648709d2
 @patch

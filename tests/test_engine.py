@@ -26,7 +26,7 @@ def xl(tmp_path_factory):
 
 def command(xl, out, *more, steps=3, batch=4, **settings):
     "A training of the tiny pipeline as a command line"
-    pairs = [f'{k}={v}' for k, v in dict(batch=batch, n=2, S=3, rank=2, guidance=1, checkpoint_every=1, **settings).items()]
+    pairs = [f'{k}={v}' for k, v in (dict(batch=batch, n=2, S=3, rank=2, guidance=1, checkpoint_every=1) | settings).items()]
     return [str(a) for a in (*SHARPEN, 'train', 'rlhf', '--model', xl/'xl', '--reward', 'clip@shapes', '--prompts', xl/'prompts.txt',
                              '--out', out, '--heldout', 0, '--steps', steps, *more, '--set', *pairs)]
 
@@ -68,6 +68,30 @@ def test_goes_on_with_another_number_of_processes(xl, alone):
     r = many(2, command(xl, xl/'mixed', steps=2)); assert r.returncode == 0, r.stderr[-2000:]
     r = run([*SHARPEN, 'train', 'rlhf', '--resume', str(xl/'mixed'), '--steps', '3']); assert r.returncode == 0, r.stderr
     assert 'going on after batch 2' in r.stdout and apart(alone, xl/'mixed') < 1e-2
+
+
+@pytest.mark.parametrize('preset', ['default', 'paper'])        # in `paper` paths end early, in one process before the other
+def test_dealt_out_weights_learn_the_same(xl, alone, preset):
+    one = xl/f'whole-{preset}' if preset != 'default' else alone
+    if one != alone: r = run(command(xl, one, '--preset', preset)); assert r.returncode == 0, r.stderr[-2000:]
+    out = xl/f'dealt-{preset}'
+    r = many(2, command(xl, out, '--preset', preset, shard='true')); assert r.returncode == 0, r.stderr[-3000:]
+    assert r.stdout.count('all U-Net forwards, per update') == 1
+    assert apart(one, out) < (1e-2 if preset == 'default' else 5e-2)            # whole weights in two processes: .025
+    a, b = [[json.loads(l) for l in (d/'metrics.jsonl').read_text().splitlines()] for d in (one, out)]
+    for k in ('reward', 'loss', 'grad_norm'): assert [r[k] for r in a] == pytest.approx([r[k] for r in b], rel=1e-3)
+
+
+def test_dealt_out_full_fine_tune_goes_on_in_one_process(xl):
+    weights = lambda d: load_file(next((d/'model'/'unet').glob('*.safetensors')))
+    r = run(command(xl, xl/'full1', rank=0, lr=1e-3)); assert r.returncode == 0, r.stderr[-2000:]
+    r = many(2, command(xl, xl/'full2', steps=2, rank=0, lr=1e-3, shard='true')); assert r.returncode == 0, r.stderr[-3000:]
+    assert json.loads((xl/'full2'/'model'/'unet'/'config.json').read_text())['_class_name'] == 'UNet2DConditionModel'
+    r = run([*SHARPEN, 'train', 'rlhf', '--resume', str(xl/'full2'), '--steps', '3']); assert r.returncode == 0, r.stderr[-2000:]
+    assert 'going on after batch 2' in r.stdout
+    a, b, start = weights(xl/'full1'), weights(xl/'full2'), load_file(next((xl/'xl'/'unet').glob('*.safetensors')))
+    moved = sum((a[k]-start[k]).square().sum() for k in a).sqrt(); assert moved > 0
+    assert sum((a[k]-b[k]).square().sum() for k in a).sqrt() < 2e-2*moved
 
 
 def test_batch_that_cannot_be_shared(xl):

@@ -74,7 +74,7 @@ def configure(cls, # A settings dataclass
     check_kinds(cls, changes)
     return cls(**{**presets[preset], **changes})
 
-# %% ../../nbs/5_methods/40_sharpening.ipynb #3d70bd5a
+# %% ../../nbs/5_methods/40_sharpening.ipynb #f23afccc
 def select_first(n:int, # Candidates
                  p:int, # How many of them are learned from
                  B:float # Cost of learning from one evaluation and of its reference, in evaluations
@@ -86,10 +86,10 @@ def keeps_graph(cfg, # Settings of SFT or RLHF
                 model # `Denoiser`
                )->bool: # ValueError if asked to where there is none
     "Is the graph of the rollout kept, to learn from?"
-    same = cfg.on_path and (cfg.target == 'transition' or guided(cfg, model).cost == 1)
+    same = cfg.on_path and (cfg.target == 'transition' or guided(cfg, model).cost == 1) and not model.sharded
     if cfg.select == 'keep' and not same:
-        raise ValueError(f"select 'keep': expected lessons that are the rollout's own states, with its guidance and one update; "
-                         f'found target {cfg.target!r}, guidance {guided(cfg, model).guidance:g}, bptt {cfg.bptt}')
+        raise ValueError(f"select 'keep': expected lessons that are the rollout's own states, with its guidance, one update and whole weights; "
+                         f'found target {cfg.target!r}, guidance {guided(cfg, model).guidance:g}, bptt {cfg.bptt}, sharded {model.sharded}')
     return same and (cfg.select == 'keep' or cfg.select == 'auto' and not select_first(cfg.n, cfg.learned, 2 + model.full + cfg.reference))
 
 def recording(model, # `Denoiser`

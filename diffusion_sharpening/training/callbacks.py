@@ -6,17 +6,18 @@
 __all__ = ['FREE', 'Progress', 'Log', 'Validate', 'save_grid', 'Timer', 'Alarms', 'Tracker', 'identity', 'snapshot', 'restore',
            'unfinished', 'Checkpoint']
 
-# %% ../../nbs/6_training/53_callbacks.ipynb #0dac91a9
+# %% ../../nbs/6_training/53_callbacks.ipynb #8a7e4afb
 import json, shutil, torch
 from dataclasses import asdict, fields
 from pathlib import Path
 from ..rewards.checker import image_stats
+from ..sharding import collected, dealt
 from ..stages import stage
 from .checkpoints import (
     CheckpointError, latest, load_checkpoint, random_state, save_checkpoint, set_random_state)
 from .loop import Callback
 
-# %% ../../nbs/6_training/53_callbacks.ipynb #cc55b92e
+# %% ../../nbs/6_training/53_callbacks.ipynb #5beb95c5
 class Progress(Callback):
     "A progress bar with the reward of the candidates"
     def start(self, s):
@@ -39,14 +40,16 @@ class Log(Callback):
 
 class Validate(Callback):
     "Pictures of a few prompts every so often"
+    everywhere = True      # where weights are dealt out, all processes draw together
     def __init__(self, prompts, folder, every=50, S=20):
         self.prompts, self.folder, self.every, self.S = prompts, Path(folder), every, S
     def start(self, s): self.folder.mkdir(parents=True, exist_ok=True); self.draw(s)
     def update(self, s):
         if s.k % self.every == 0: self.draw(s)
     def draw(self, s):
+        if s.rank and not s.model.sharded: return
         x = s.model.sample(self.prompts, S=self.S)
-        save_grid(x, self.folder/f'{s.k:05d}.png')
+        if s.rank == 0: save_grid(x, self.folder/f'{s.k:05d}.png')
 
 def save_grid(images, path, columns:int=8):
     "Write pictures `(N, 3, H, W)` in [0, 1] as one PNG"
@@ -91,8 +94,8 @@ class Tracker(Callback):
     def close(self):
         if hasattr(self, 'acc'): self.acc.end_training()
 
-# %% ../../nbs/6_training/53_callbacks.ipynb #02d961c3
-FREE = ('steps', 'seconds', 'checkpoint_every', 'keep', 'patience')  # Settings that may differ when a run goes on
+# %% ../../nbs/6_training/53_callbacks.ipynb #fc72c9e2
+FREE = ('steps', 'seconds', 'checkpoint_every', 'keep', 'patience', 'shard')  # Settings that may differ when a run goes on
 
 def identity(s, about:dict)->dict:
     "What must be the same for a checkpoint to be continued"
@@ -102,8 +105,9 @@ def identity(s, about:dict)->dict:
 def snapshot(s, about:dict)->tuple: # Tensors by file, and the record
     "All that a run is"
     named = s.model.policies.named
-    weights = {f'{n}/{k}': p for n, ps in named.items() if n != 'base' for k, p in ps.items()}
-    moments = {f'{k}/{m}': s.opt.state[p][m] for k, p in named['policy'].items() if p in s.opt.state
+    mine = lambda t: collected(t, s.rank == 0)
+    weights = {f'{n}/{k}': mine(p) for n, ps in named.items() if n != 'base' for k, p in ps.items()}
+    moments = {f'{k}/{m}': mine(s.opt.state[p][m]) for k, p in named['policy'].items() if p in s.opt.state
                for m in ('step', 'exp_avg', 'exp_avg_sq')}
     chance, rest = random_state()
     counts = {k: getattr(s, k) for k in ('k', 'skipped', 'bad', 'nfe', 'seconds')}
@@ -122,7 +126,7 @@ def restore(s, tensors:dict, record:dict, about:dict): # `CheckpointError` if it
     if want != tensors['weights'].keys():
         raise CheckpointError(f"resume: the checkpoint has {len(tensors['weights'])} weights, this run has {len(want)}")
     for n, ps in named.items():
-        for k, p in ps.items(): p.copy_(tensors['weights'][f'{n}/{k}'])
+        for k, p in ps.items(): p.copy_(dealt(tensors['weights'][f'{n}/{k}'], p))
     for k, p in named['policy'].items():
         if f'{k}/exp_avg' in tensors['optimizer']: s.opt.state[p] = _moments(tensors['optimizer'], k, p)
     for k, v in record['counts'].items(): setattr(s, k, v)
@@ -132,8 +136,7 @@ def _defaults(s): # Settings that came after a checkpoint was written count as w
     return {f'{kind}.{f.name}': f.default for kind, o in (('run', s.run), ('method', s.cfg)) for f in fields(o) if f.name not in FREE}
 
 def _moments(saved, k, p):
-    return dict(step=saved[f'{k}/step'].clone(), exp_avg=saved[f'{k}/exp_avg'].to(p.device),
-                exp_avg_sq=saved[f'{k}/exp_avg_sq'].to(p.device))
+    return dict(step=saved[f'{k}/step'].clone(), **{m: dealt(saved[f'{k}/{m}'], p) for m in ('exp_avg', 'exp_avg_sq')})
 
 def unfinished(folder # Of checkpoints
               )->tuple: # `(batches done, batches wanted)` of a run that was stopped there, or None
@@ -160,6 +163,7 @@ class Checkpoint(Callback):
         if s.run.checkpoint_every and s.k % s.run.checkpoint_every == 0: self.save(s)
     def last(self, s): self.save(s)
     def save(self, s):
-        if s.rank or self.saved == s.k: return
+        if self.saved == s.k or s.rank and not s.model.sharded: return
         tensors, record = snapshot(s, self.about)
-        save_checkpoint(self.folder, s.k, tensors, record | self.extra, s.run.keep); self.saved = s.k
+        if s.rank == 0: save_checkpoint(self.folder, s.k, tensors, record | self.extra, s.run.keep)
+        self.saved = s.k

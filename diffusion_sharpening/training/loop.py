@@ -6,7 +6,7 @@
 __all__ = ['ATTENTION', 'LINEAR', 'Run', 'settings', 'TrainingError', 'Callback', 'State', 'prepare', 'batch_of', 'check_start',
            'check_processes', 'stopping', 'train']
 
-# %% ../../nbs/6_training/51_loop.ipynb #022439c3
+# %% ../../nbs/6_training/51_loop.ipynb #85ffd966
 import signal, threading, time, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -17,10 +17,11 @@ from ..methods.sharpening import Batch, check_kinds, configure
 from ..models import backend_of
 from ..rewards.base import NonFinite
 from ..schedules import one_of
+from ..sharding import gather, shard, whole
 from ..stages import stage
 from ..trajectories import START, fold, noise
 
-# %% ../../nbs/6_training/51_loop.ipynb #3becceca
+# %% ../../nbs/6_training/51_loop.ipynb #09da48a8
 ATTENTION = ('to_q', 'to_k', 'to_v', 'to_out.0')
 LINEAR = (*ATTENTION, 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2', 'time_emb_proj')
 
@@ -37,6 +38,7 @@ class Run:
     ema: float = .95        # Moving average of the weights that is kept at the end; 0: the last weights
     precision: str = 'float32' # Of the network: float32, or bfloat16 (what learns stays in float32)
     compile: str = ''       # Backend of torch.compile for the network, e.g. inductor; empty: not compiled
+    shard: bool = False     # With several processes: each keeps a slice of every weight of the network (FSDP2)
     drop: float = 0.        # Share of captions left out in training, for classifier-free guidance
     buckets: bool = False   # Pictures in several shapes of about the same area, one shape per batch
     seconds: float = 0.     # Start no batch after this wall time; 0: no limit
@@ -54,6 +56,7 @@ class Run:
         if self.precision == 'float16': raise ValueError('precision: float16 loses small gradients; expected float32 or bfloat16')
         one_of(self.precision, ['float32', 'bfloat16'], 'precision')
         if self.compile: backend_of(self.compile)
+        if self.compile and self.shard: raise ValueError('shard: expected a network that is not compiled')
 
 def settings(name:str, # Of the method
              preset:str='default', # Of the method
@@ -66,7 +69,7 @@ def settings(name:str, # Of the method
     rest = {k: v for k, v in changes.items() if k in mine}
     return Run(**{k: v for k, v in changes.items() if k in own}), configure(m.settings, m.presets, preset, **rest)
 
-# %% ../../nbs/6_training/51_loop.ipynb #0ee8e4dd
+# %% ../../nbs/6_training/51_loop.ipynb #51fdb8a9
 class TrainingError(RuntimeError):
     "A run that cannot go on"
 
@@ -97,13 +100,21 @@ class State:
 
 def prepare(model, run:Run, m, cfg):
     "Add the weights that learn, and those the method keeps beside them"
-    layers = ATTENTION if run.layers == 'attention' else LINEAR
-    model.cast(run.precision)
-    if run.rank: model.add_lora(run.rank, targets=layers, seed=run.seed)
-    else: model.add_full(keep_base=True)
+    _learner(model, run)
     m.setup(cfg, model)
     if run.ema: model.copy_adapter('policy', 'ema')
+    if run.rank and _many(run): shard(model.policies)
     if run.compile: model.compile(run.compile)
+
+def _learner(model, run):
+    layers = ATTENTION if run.layers == 'attention' else LINEAR
+    model.cast(run.precision)
+    if run.rank: return model.add_lora(run.rank, targets=layers, seed=run.seed)
+    model.add_full()
+    if _many(run): shard(model.policies)               # before any copy is made
+    model.copy_adapter('policy', 'base')
+
+def _many(run): return run.shard and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 def batch_of(model, prompts, run, k, images, rank=0, world=1): # `Batch` of update `k`
     "Prompts, conditioning, seeds and pictures of one update; with several processes, this one's share of them"
@@ -115,7 +126,7 @@ def batch_of(model, prompts, run, k, images, rank=0, world=1): # `Batch` of upda
     x0 = None if images is None else images[i].to(model.device)
     return Batch(texts, cond, fold(fold(run.seed, k), torch.arange(run.batch)[mine]), x0)
 
-# %% ../../nbs/6_training/51_loop.ipynb #45f31350
+# %% ../../nbs/6_training/51_loop.ipynb #347a61b5
 @torch.no_grad()
 def check_start(model, batch:Batch, tol:float=2e-2): # `TrainingError` says what is not as it must be
     "Policy equals reference, and batched equals single; relative to the size of the output"
@@ -130,9 +141,10 @@ def check_start(model, batch:Batch, tol:float=2e-2): # `TrainingError` says what
 
 def check_processes(acc, # `Accelerator`, as it was launched
                     run:Run):
-    "Processes must share the prompts of a batch evenly, and hold whole weights"
-    if acc.distributed_type in ('FSDP', 'DEEPSPEED', 'MEGATRON_LM'):
-        raise ValueError(f'processes: expected MULTI_GPU, where each holds all weights; found {acc.distributed_type.split(".")[-1]}')
+    "Processes must share the prompts of a batch evenly; weights are dealt out by this library or not at all"
+    if acc.distributed_type in ('DEEPSPEED', 'MEGATRON_LM'):
+        raise ValueError(f'processes: expected MULTI_GPU or FSDP, found {acc.distributed_type.split(".")[-1]}')
+    if acc.distributed_type == 'FSDP': run.shard = True
     if run.batch % acc.num_processes:
         raise ValueError(f'batch: expected a multiple of the {acc.num_processes} processes, found {run.batch}')
 
@@ -164,7 +176,7 @@ def train(model, # `Denoiser` without adapters
         raise ValueError(f'train: {method} with branch {cfg.branch!r} learns from pictures, found none')
     acc = Accelerator(cpu=model.device.type == 'cpu'); check_processes(acc, run)
     prepare(model, run, m, cfg)
-    opt = acc.prepare(torch.optim.AdamW(model.trainable(), lr=run.lr, betas=(.9, .99), weight_decay=0.))
+    opt = torch.optim.AdamW(model.trainable(), lr=run.lr, betas=(.9, .99), weight_decay=0.)
     s = State(model, run, cfg, opt, history=[], rank=acc.process_index, world=acc.num_processes)
     check_start(model, batch_of(model, prompts, run, 0, images, s.rank, s.world))
     callbacks = [cb for cb in callbacks if cb.everywhere or s.rank == 0]
@@ -177,10 +189,11 @@ def train(model, # `Denoiser` without adapters
     if s.bad >= run.patience:
         raise TrainingError(f"{s.bad} updates in a row were not finite; the last prompts: {'; '.join(s.prompts[:4])}")
     if run.ema: model.copy_adapter('ema', 'policy')
+    if model.sharded: gather(model.policies)
     for cb in callbacks: cb.end(s)
     return s
 
-# %% ../../nbs/6_training/51_loop.ipynb #ff68cbd5
+# %% ../../nbs/6_training/51_loop.ipynb #8e0c3f7c
 def _batches(acc, s, m, reward, prompts, images, callbacks):
     t0, before, run = time.time(), s.seconds, s.run
     while s.k < run.steps and not s.stop and not (run.seconds and s.seconds > run.seconds):
@@ -202,6 +215,7 @@ def _agree(acc, stop): # All processes stop together
 def _collect(acc, s, m, reward, batch): # The lesson, or None where a reward was not finite
     try: lesson, ok = m.collect(s.cfg, s.model, reward, batch), 1.
     except NonFinite as e: lesson, ok = None, 0.; print(f'batch {s.k+1} skipped: {e}')
+    if s.model.sharded: s.model.policies.forward.wait()
     if acc.num_processes > 1: ok = acc.reduce(torch.tensor(ok, device=acc.device), 'mean').item()
     if ok == 1: return lesson
     s.skipped += 1; s.bad += 1
@@ -223,8 +237,9 @@ def _statistics(acc, log): # As numbers, over all processes
     row = torch.stack([torch.as_tensor(log[k], dtype=torch.float32, device=acc.device).detach() for k in ks])
     return log | dict(zip(ks, (row if acc.num_processes == 1 else acc.reduce(row, 'mean')).tolist()))
 
-def _average(acc, loss, ps): # The loss and the gradients, averaged over processes in one message
+def _average(acc, loss, ps, sharded): # The loss and the gradients, averaged over processes in one message
     if acc.num_processes == 1: return loss.detach()
+    if sharded: return acc.reduce(loss.detach(), 'mean')    # the gradients were averaged as they were dealt out
     for p in ps: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     flat = acc.reduce(torch.cat([loss.detach().float().view(1), *[p.grad.float().flatten() for p in ps]]), 'mean')
     for p, g in zip(ps, flat[1:].split([p.numel() for p in ps])): p.grad.copy_(g.view_as(p))
@@ -237,7 +252,7 @@ def _update(acc, s, m, lesson, u, share):
         loss, extra = m.loss(s.cfg, s.model, lesson, u)
         s.opt.zero_grad(); acc.backward(loss*share)
     with stage('optimizer'):
-        loss = _average(acc, loss*share, ps); norm = torch.nn.utils.clip_grad_norm_(ps, s.run.clip)
+        loss = _average(acc, loss*share, ps, s.model.sharded); norm = whole(torch.nn.utils.clip_grad_norm_(ps, s.run.clip))
         if not (loss.isfinite() & norm.isfinite()):
             s.skipped += 1; s.bad += 1; s.opt.zero_grad()
             return dict(loss=None, grad_norm=None, **{k: None for k in extra})

@@ -56,10 +56,10 @@ def mfu(tflop:float, # Work, in 10¹² floating-point operations
     if not seconds > 0: raise ValueError(f'seconds: expected a positive time, found {seconds}')
     return tflop/seconds/device_of(device).peak(dtype)
 
-# %% ../../nbs/6_training/54_plan.ipynb #171b38c6
+# %% ../../nbs/6_training/54_plan.ipynb #f80534f4
 class StandIn(Denoiser):
     "A model that counts what is asked of it and knows nothing"
-    full = False
+    full = sharded = False
     def __init__(self, guidance=1., full=False):
         self.full, self.guidance, self.kind, self.schedule = full, guidance, 'epsilon', VP.scaled_linear()
         self.shape, self.size, self.device = (1, 1, 1), (1, 1), torch.device('cpu')
@@ -109,7 +109,7 @@ def evaluations(method:str, # A name in `METHODS`
     rest = dict(copies=len(set(d.kept)) + (run.ema > 0), widest=d.asked['widest'])
     return {k: d.asked[k]/batches for k in kinds} | rest
 
-# %% ../../nbs/6_training/54_plan.ipynb #dd3e1eda
+# %% ../../nbs/6_training/54_plan.ipynb #04c7ff3f
 def memory(sizes:dict, # Parameters: unet, vae, text, learn
            units:dict, # `Cost`s: lesson, rollout, decode
            ask:dict, # From `evaluations`
@@ -118,10 +118,11 @@ def memory(sizes:dict, # Parameters: unet, vae, text, learn
           )->dict: # GiB, of one process
     "Estimated memory of a run"
     byte, gib = (4 if run.precision == 'float32' else 2), 1/2**30
-    frozen = sizes['vae'] + sizes['text'] + sizes['unet']*(run.rank > 0)
+    parts = world if run.shard else 1
+    frozen = sizes['vae'] + sizes['text'] + sizes['unet']*(run.rank > 0)/parts
     copies = ask['copies'] + (run.rank == 0)
     graph = units['lesson'].peak*ask['lesson']/getattr(cfg, 'updates', 1)/world
-    out = dict(weights=frozen*byte*gib, learning=sizes['learn']*(16 + 4*copies)*gib, graph=graph,
+    out = dict(weights=frozen*byte*gib, learning=sizes['learn']*(16 + 4*copies)*gib/parts, graph=graph,
                rollout=units['rollout'].peak*ask['widest']/world,
                decode=units['decode'].peak*min(8, max(1, ask['decode'])))
     return out | dict(total=out['weights'] + out['learning'] + max(graph, out['rollout'], out['decode']))
@@ -188,7 +189,7 @@ def plan_rows(what:str, # Model and method, in words
     return head + [dict(name=k, value=v[k], unit=unit, about=how[1] if k == 'selection' else about)
                    for k, (unit, about) in ROWS.items() if v[k] is not None]
 
-# %% ../../nbs/6_training/54_plan.ipynb #09d1b205
+# %% ../../nbs/6_training/54_plan.ipynb #2ce4310c
 def plan(
     model:str='shapes', # sdxl, sd15, shapes, or the folder of a pipeline
     method:str='rlhf', # Method: see `sharpen methods`
@@ -197,6 +198,7 @@ def plan(
     m:int=None, # Steps per path; None: the preset's
     px:int=None, # Picture side; None: what the model was made for
     device:str='cpu', # h200, 4090 or cpu
+    world:int=1, # Processes
     checkpointing:bool=False, # Gradient checkpointing
     seconds:float=None, # Measured time of a batch
     share:float=.4, # Assumed share of the peak where nothing was measured
@@ -207,8 +209,9 @@ def plan(
     run, cfg = settings(method, preset, **changes)
     dev, px, guidance = device_of(device), picture_side(model, px), 1. if model in EMBEDDED else 5.
     if seconds is not None and not seconds > 0: raise ValueError(f'seconds: expected a positive time, found {seconds}')
+    if world < 1 or run.batch % world: raise ValueError(f'world: expected processes that share a batch of {run.batch} evenly, found {world}')
     what = f'{method} ({preset}) of {Path(model).name}, {px} px'
-    return plan_rows(what, method, run, cfg, *_units(model, px, run, checkpointing), dev, guidance, seconds, share)
+    return plan_rows(what, method, run, cfg, *_units(model, px, run, checkpointing), dev, guidance, seconds, share, world)
 
 # %% ../../nbs/6_training/54_plan.ipynb #45e8eb41
 def _numbers(run, cfg, ask, u, sizes, work):
@@ -234,7 +237,7 @@ def plan_table(rows:list # From `plan`
     def line(r): return f"{r['name'].replace('_', ' '):<18}{show(r['value']):>10} {r['unit']:<12}{r['about']}"
     return '\n'.join([rows[0]['value'], *(line(r).rstrip() for r in rows[1:])])
 
-# %% ../../nbs/6_training/54_plan.ipynb #4e807671
+# %% ../../nbs/6_training/54_plan.ipynb #f4861fd4
 def _saved(f, net): # GiB that the graph of `f` keeps, weights apart
     own, seen = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
     def pack(t): s = t.untyped_storage(); seen[s.data_ptr()] = s.nbytes(); return t
@@ -275,7 +278,8 @@ class Plan(Callback):
     def __init__(self, method, what): self.method, self.what = method, what  # its name; model and method in words
     def start(self, s):
         d, self.at = s.model, s.seconds; dev = device_here(d)
-        self.rows = plan_rows(f'{self.what}, {d.size[1]} px', self.method, s.run, s.cfg, *measured(d), dev, d.guidance,
+        known = _units(d.pipe.config._name_or_path, d.size[1], s.run, False) if d.sharded else measured(d)
+        self.rows = plan_rows(f'{self.what}, {d.size[1]} px', self.method, s.run, s.cfg, *known, dev, d.guidance,
                               s.seconds/s.k if s.k else None, world=s.world)
         total = next(r['value'] for r in self.rows if r['name'] == 'tflop')
         self.tflop, self.peak = total/s.world, dev.peak(s.run.precision)

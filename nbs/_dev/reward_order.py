@@ -1,0 +1,48 @@
+#!/usr/bin/env python
+"""How well rewards order the embedded model's own pictures of one prompt: correlation with the checker within prompts, and what the best of k is worth.
+
+`python nbs/_dev/reward_order.py clip@shapes preference@shapes` writes data/results/order.json; a CLIP of another folder is named clip@FOLDER."""
+import argparse, json
+from pathlib import Path
+import torch
+from diffusion_sharpening.evaluation.metrics import interval, shown
+from diffusion_sharpening.jobs import load_model, provenance
+from diffusion_sharpening.rewards.base import load_reward
+from diffusion_sharpening.worlds.checker import by_category, check
+from diffusion_sharpening.worlds.shapes import prompts
+
+root = Path(__file__).resolve().parents[2]
+
+def pictures(texts, k, S):
+    "`k` pictures of each caption, and the checker's opinion `(n, k)`"
+    many = [t for t in texts for _ in range(k)]
+    ims = load_model('shapes').sample(many, 5*10**6 + torch.arange(len(many)), S, chunk=32)
+    return ims, many, check(ims, many).view(-1, k)
+
+def within(a, b):
+    "Correlation of each row, NaN where one does not vary"
+    a, b = (x.double() - x.double().mean(1, keepdim=True) for x in (a, b))
+    return (a*b).sum(1)/(a.norm(dim=1)*b.norm(dim=1))
+
+def order(reward, ims, many, truth):
+    "What a reward's order is worth, over prompts"
+    k = truth.shape[1]; texts = many[::k]
+    with torch.no_grad(): r = reward(ims, many).view(-1, k)
+    corr = within(r, truth); pick = lambda i: truth.gather(1, i[:, None])[:, 0]
+    return dict(correlation=interval(corr), **{c: v.nanmean().item() for c, v in by_category(corr, texts).items()},
+                best=interval(pick(r.argmax(1))), worst=interval(pick(r.argmin(1))))
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('rewards', nargs='*', default=['clip@shapes']); p.add_argument('--n', type=int, default=120, help='captions of each split')
+    p.add_argument('--k', type=int, default=8); p.add_argument('--S', type=int, default=20)
+    a = p.parse_args()
+    texts = [t for split in ('train', 'heldout') for t in prompts(a.n, split, seed=77)]
+    ims, many, truth = pictures(texts, a.k, a.S)
+    rows = {r: order(load_reward(r, train=False), ims, many, truth) for r in a.rewards}
+    res = dict(command=f"python nbs/_dev/reward_order.py {' '.join(a.rewards)} --n {a.n} --k {a.k}", captions=len(texts), pictures=a.k,
+               mean=interval(truth.mean(1)), best_possible=interval(truth.amax(1)), rewards=rows, **provenance())
+    (root/'data'/'results'/'order.json').write_text(json.dumps(res, indent=1)+'\n')
+    for r, v in rows.items(): print(f"{r}: within a prompt {shown(v['correlation'])}, best of {a.k} {shown(v['best'])} against {shown(res['mean'])}")
+
+if __name__ == '__main__': main()
