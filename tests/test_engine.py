@@ -94,6 +94,16 @@ def test_dealt_out_full_fine_tune_goes_on_in_one_process(xl):
     assert sum((a[k]-b[k]).square().sum() for k in a).sqrt() < 2e-2*moved
 
 
+def test_reward_that_fails_in_one_process_of_dealt_out_weights(xl, tmp_path):
+    "The other process still asks the reference, which is other weights in the place of the live ones: both leave the batch together"
+    (tmp_path/'odd.py').write_text("import os\ncalls = []\ndef odd(images, prompts):\n    calls.append(1)\n"
+        "    bad = os.environ['RANK'] == '1' and len(calls) == 2\n    return images.mean((1, 2, 3)) + (float('nan') if bad else 0.)\n")
+    r = many(2, command(xl, tmp_path/'out', '--reward', f'{tmp_path/"odd.py"}:odd', '--preset', 'paper', rank=0, shard='true'))
+    assert r.returncode == 0, r.stderr[-3000:]
+    rows = [json.loads(l) for l in (tmp_path/'out'/'metrics.jsonl').read_text().splitlines()]
+    assert [o['skipped'] for o in rows] == [0, 1, 1] and 'batch 2 skipped' in r.stdout
+
+
 def test_batch_that_cannot_be_shared(xl):
     r = many(2, command(xl, xl/'odd', batch=3))
     assert r.returncode != 0 and 'expected a multiple of the 2 processes, found 3' in r.stderr

@@ -91,7 +91,7 @@ class Judge(nn.Module):
         last = self.norm(x)[torch.arange(len(x), device=x.device), end]
         return self.out(torch.cat([last, both], 1))[:, 0]
 
-# %% ../../nbs/4_rewards/42_preference.ipynb #8d84a8a0
+# %% ../../nbs/4_rewards/42_preference.ipynb #4d8aac9c
 class Scorer(nn.Module):
     "A CLIP and a `Judge` on top"
     def __init__(self, clip, judge:Judge):
@@ -112,11 +112,15 @@ def _tokens(clip, x, ids):
 
 def new_scorer(tower:Tower, # With its own CLIP
                **head # `width`, `layers`, `heads` of the `Judge`
-              )->Scorer: # Untrained on top
+              )->Scorer: # Its scores begin as a multiple of the CLIP score
     "A scorer for a tower"
     x = preprocess(torch.zeros(1, 3, 8, 8), tower.cfg)
     with torch.no_grad(): sizes = [o.shape[-1] for o in _tokens(tower.model, x, tower.ids(['a']))]
-    return Scorer(tower.model, Judge(*sizes, **head))
+    judge, width = Judge(*sizes, **head), head.get('width', 128)
+    with torch.no_grad():
+        judge.out.weight[:, :width] = judge.out.bias[:] = 0.
+        judge.out.weight[:, width:] = tower.model.logit_scale.exp()/4
+    return Scorer(tower.model, judge)
 
 # %% ../../nbs/4_rewards/42_preference.ipynb #312cdbba
 def freeze(clip:nn.Module, # open_clip model

@@ -42,7 +42,7 @@ def _drawn(text, rng, seed): # Some near misses fit no picture: a large thing in
         except ValueError: pass
     return picture(text, seed), text
 
-# %% ../../nbs/3_worlds/23b_flaws.ipynb #e7394d1f
+# %% ../../nbs/3_worlds/23b_flaws.ipynb #73d6c393
 @torch.no_grad()
 def remade(model:Denoiser, # Its autoencoder made the latents
            latents:torch.Tensor, # `(n, C, h, w)`
@@ -59,7 +59,7 @@ def remade(model:Denoiser, # Its autoencoder made the latents
         eps = noise(own, START, model.shape, model.device)
         x = eps if j == 0 else add_noise(model.schedule, z, eps, grid[j].expand(len(z)))
         end = rollout(model.predict, model.schedule, x, grid[j:], model.encode(texts[b:b+batch]), keep=False).end
-        ims.append((model.decode(end, batch)*255).round().to(torch.uint8)); starts.append(torch.full((len(z),), j))
+        ims.append((model.decode(end, batch)*255).round().to(torch.uint8).contiguous()); starts.append(torch.full((len(z),), j))
     return torch.cat(ims), torch.cat(starts)
 
 # %% ../../nbs/3_worlds/23b_flaws.ipynb #8bacb9c3
