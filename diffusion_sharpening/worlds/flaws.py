@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['missed', 'near_pictures', 'remade', 'Flaws', 'flaws_loss', 'flaws', 'train_on_flaws']
 
-# %% ../../nbs/3_worlds/23b_flaws.ipynb #d3799909
+# %% ../../nbs/3_worlds/23b_flaws.ipynb #93615f49
 import random, torch, torch.nn.functional as F
 from dataclasses import dataclass
 from pathlib import Path
 from ..models import Denoiser
 from ..schedules import add_noise
 from ..trajectories import START, noise, rollout
-from .companion import near_miss, new_clip, reconstruct
+from .companion import both_ways, near_miss, new_clip, reconstruct
 from .pretrain import fit, kept, picks, to_unit
 from .shapes import Spec, held_out, parse, picture
 
@@ -62,7 +62,7 @@ def remade(model:Denoiser, # Its autoencoder made the latents
         ims.append((model.decode(end, batch)*255).round().to(torch.uint8).contiguous()); starts.append(torch.full((len(z),), j))
     return torch.cat(ims), torch.cat(starts)
 
-# %% ../../nbs/3_worlds/23b_flaws.ipynb #8bacb9c3
+# %% ../../nbs/3_worlds/23b_flaws.ipynb #ca86c9f2
 @dataclass
 class Flaws:
     "Pictures of a caption, of a near miss, and remade; all uint8 `(n, 3, 64, 64)`"
@@ -71,16 +71,11 @@ class Flaws:
     made: torch.Tensor; start: torch.Tensor # As index of the grid `(n,)`
 
     def batch(self, idx, g): # Pictures `(3B, …)` in [-1, 1]: drawn, near, made
-        "The pictures of some captions, half of the drawn ones as they are"
+        "The pictures of some captions, a third of the drawn ones as they are"
         plain = lambda: (torch.rand(len(idx), generator=g) < .35)[:, None, None, None]
         x = torch.cat([torch.where(plain(), self.drawn[idx], self.seen[idx]),
                        torch.where(plain(), self.near[idx], self.near_seen[idx]), self.made[idx]])
         return to_unit(x) + .04*torch.randn(x.shape, generator=g)
-
-def _contrast(logits, words): # Both ways; equal captions do not count against each other
-    same = torch.tensor([[a == b and i != j for j, b in enumerate(words)] for i, a in enumerate(words)])
-    l, own = logits.masked_fill(same, -1e4), torch.arange(len(words))
-    return .5*F.cross_entropy(l, own) + .5*F.cross_entropy(l.T, own)
 
 def _first(logits): return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction='none')
 
@@ -103,7 +98,7 @@ def flaws_loss(data:Flaws,
         over = lambda x: _first(torch.stack([s(x, o) for o in (c, *cs)], 1))
         kept = (data.start[idx] >= low).float()
         order = F.softplus(s(x_, c) - s(x, c)) + F.softplus(s(x, c_) - s(x_, c_))
-        return (_contrast(scale*torch.cat([x, x_])@torch.cat([c, c_]).T, own + near) + over(x).mean() + .5*order.mean()
+        return (both_ways(scale*torch.cat([x, x_])@torch.cat([c, c_]).T, own + near) + over(x).mean() + .5*order.mean()
                 + F.softplus(s(made, c) - s(x, c)).mean() + (over(made)*kept).sum()/kept.sum().clamp(min=1))
     return loss
 
