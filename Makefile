@@ -42,7 +42,7 @@ docs: $(stamp)  ## Build the documentation site in _docs/
 readme: $(stamp)  ## README.md from nbs/index.ipynb
 	$(in_venv) python nbs/_dev/make_readme.py
 
-notebooks: $(stamp)  ## Execute the notebooks and save their outputs (NB=nbs/1_maths for some, FLAGS=slow for slow cells)
+notebooks: $(stamp)  ## Execute the notebooks and save their outputs (NB=nbs/02_maths for some, FLAGS=slow for slow cells)
 	$(in_venv) python nbs/_dev/run_notebooks.py --flags '$(FLAGS)' $(NB)
 
 weights: $(stamp)  ## Train the weights in data/ anew (some four hours on a CPU; after a stop it goes on where it was)

@@ -1,4 +1,4 @@
 "The `sharpen` command, as `python -m diffusion_sharpening`"
-from .cli import main
+from .commands.cli import main
 
 main()

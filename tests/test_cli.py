@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest, torch
 
-from diffusion_sharpening import cli, jobs
-from diffusion_sharpening.rewards.base import Reward
-from diffusion_sharpening.tiny import tiny_sdxl
-from diffusion_sharpening.worlds.shapes import prompts
+from diffusion_sharpening.commands import cli, jobs
+from diffusion_sharpening.rewards.protocol import Reward
+from diffusion_sharpening.models.tiny import tiny_sdxl
+from diffusion_sharpening.worlds.shapes.draw import prompts
 
 torch.set_num_threads(1)
 small = ['n=2', 'm=1', 'S=2', 'batch=2', 'rank=2']    # settings under which a training takes a second
@@ -31,7 +31,7 @@ def strict(text):
 
 def sharpen(*args):
     "A real run of the console command"
-    code = 'from diffusion_sharpening.cli import main; main()'
+    code = 'from diffusion_sharpening.commands.cli import main; main()'
     return subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True,
                           env=dict(os.environ, OMP_NUM_THREADS='1'))
 

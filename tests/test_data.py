@@ -4,9 +4,10 @@ import importlib.util, io, json, sys, tarfile, types
 import numpy as np, pytest, torch
 from PIL import Image
 
-from diffusion_sharpening.data import prompt_set, rows
-from diffusion_sharpening.latents import Latents, conditioning, dropped, load_entry
-from diffusion_sharpening.pairs import READY, Size, bucket_rows, bucket_sizes, image_pairs, open_picture, pair_rows
+from diffusion_sharpening.data.tables import prompt_set, rows
+from diffusion_sharpening.data.latents import Latents, conditioning, dropped, load_entry
+from diffusion_sharpening.data.pictures import (
+    READY, Size, bucket_rows, bucket_sizes, image_pairs, open_picture, pair_rows)
 
 torch.set_num_threads(1)
 PROMPTS = ['a red circle', 'a "blue", square', 'ein grüner Stern']
@@ -326,9 +327,9 @@ def test_folders_of_the_hub(hub):
 # Training on them
 
 diffusers = pytest.importorskip('diffusers')
-from diffusion_sharpening.models import Denoiser
-from diffusion_sharpening.rewards.base import Reward
-from diffusion_sharpening.tiny import tiny_sd, tiny_sdxl
+from diffusion_sharpening.models.denoiser import Denoiser
+from diffusion_sharpening.rewards.protocol import Reward
+from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
 from diffusion_sharpening.training.loop import settings, train
 
 

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 import pytest
 import torch
-from diffusion_sharpening import jobs
-from diffusion_sharpening.data import prompt_set, shapes_pairs
+from diffusion_sharpening.commands import jobs
+from diffusion_sharpening.data.tables import prompt_set, shapes_pairs
 from diffusion_sharpening.methods.catalog import METHODS
-from diffusion_sharpening.rewards.base import load_reward
+from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.training.loop import settings, train
 
 FILE = Path(__file__).parent/'golden_losses.json'

@@ -7,12 +7,12 @@ from safetensors.torch import load_file, save_file
 
 diffusers = pytest.importorskip('diffusers')
 import transformers
-from diffusion_sharpening.lora import lora_file, read_lora
-from diffusion_sharpening.models import Denoiser
-from diffusion_sharpening.tiny import tiny_sd, tiny_sdxl
-from diffusion_sharpening.training import interchange
-from diffusion_sharpening.training.counting import anatomy
-from diffusion_sharpening.training.interchange import (
+from diffusion_sharpening.models.policies import lora_file, read_lora
+from diffusion_sharpening.models.denoiser import Denoiser
+from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
+from diffusion_sharpening.commands import interchange
+from diffusion_sharpening.models.counting import anatomy
+from diffusion_sharpening.commands.interchange import (
     check_decode, decode_problem, export, from_kohya, kohya_name, model_card, push, to_kohya)
 from diffusion_sharpening.training.loop import ATTENTION, LINEAR
 from diffusion_sharpening.worlds.embedded import model_path

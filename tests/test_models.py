@@ -5,10 +5,11 @@ import pytest, torch
 from safetensors.torch import load_file, save_file
 
 diffusers = pytest.importorskip('diffusers')
-from diffusion_sharpening.lora import lora_file
-from diffusion_sharpening.models import Denoiser
-from diffusion_sharpening.tiny import make_tokenizer, tiny_sd, tiny_sdxl, tiny_vae
-from diffusion_sharpening.trajectories import START, noise, rollout
+from diffusion_sharpening.models.policies import lora_file
+from diffusion_sharpening.models.denoiser import Denoiser
+from diffusion_sharpening.models.tiny import make_tokenizer, tiny_sd, tiny_sdxl, tiny_vae
+from diffusion_sharpening.basics.seeds import START, noise
+from diffusion_sharpening.maths.rollout import rollout
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()

@@ -7,13 +7,14 @@ import pytest, torch
 diffusers = pytest.importorskip('diffusers')
 from diffusion_sharpening.methods.catalog import METHODS, method
 from diffusion_sharpening.methods.sharpening import select_first
-from diffusion_sharpening.models import Denoiser
-from diffusion_sharpening.rewards.base import Reward
-from diffusion_sharpening.tiny import tiny_sd, tiny_sdxl
-from diffusion_sharpening.training.counting import KNOWN, anatomy, unet_cost, vae_cost
+from diffusion_sharpening.models.denoiser import Denoiser
+from diffusion_sharpening.rewards.protocol import Reward
+from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
+from diffusion_sharpening.models.counting import KNOWN, anatomy, unet_cost, vae_cost
 from diffusion_sharpening.training.loop import ATTENTION, LINEAR, batch_of, settings
-from diffusion_sharpening.training.plan import ROWS, device_here, evaluations, measured, mfu, plan, plan_rows, plan_table
-from diffusion_sharpening.trajectories import START, noise
+from diffusion_sharpening.training.plan import (
+    ROWS, device_here, evaluations, measured, mfu, plan, plan_rows, plan_table)
+from diffusion_sharpening.basics.seeds import START, noise
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torchvision.transforms import functional as TF
 from diffusion_sharpening.rewards import aesthetic, clip, human
 from diffusion_sharpening.rewards.aesthetic import Aesthetic, fit_aesthetic
-from diffusion_sharpening.rewards.base import load_reward
-from diffusion_sharpening.rewards.clip import CLIPScore, find_clip, load_clip, new_model, preprocess, read_clip
+from diffusion_sharpening.names.catalog import load_reward
+from diffusion_sharpening.rewards.clip import (
+    CLIPScore, find_clip, load_clip, new_model, preprocess, read_clip)
 from diffusion_sharpening.rewards.human import HPS, PickScore
 
 root = Path(__file__).resolve().parents[1]

@@ -2,13 +2,13 @@
 import json, math, re, time
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
-from diffusion_sharpening.rewards.base import RewardError
-from diffusion_sharpening.rewards.blip_vqa import (BlipVQA, load_blip_vqa, noun_phrases, split_by_rules,
-                                                   tiny_blip_vqa, yes_probability)
-from diffusion_sharpening.rewards.compbench import (CATEGORIES, KINDS, CompBench, by_category, make_sets,
-                                                    read_sets, shapes_sets, write_sets)
-from diffusion_sharpening.rewards.spatial import (NEAR, SIDES, Spatial, position, read_relation, spatial_score,
-                                                  tiny_owlv2)
+from diffusion_sharpening.rewards.protocol import RewardError
+from diffusion_sharpening.rewards.blip_vqa import (
+    BlipVQA, load_blip_vqa, noun_phrases, split_by_rules, tiny_blip_vqa, yes_probability)
+from diffusion_sharpening.rewards.compbench import (
+    CATEGORIES, KINDS, CompBench, by_category, make_sets, read_sets, shapes_sets, write_sets)
+from diffusion_sharpening.rewards.spatial import (
+    NEAR, SIDES, Spatial, position, read_relation, spatial_score, tiny_owlv2)
 from diffusion_sharpening.rewards.vqa import VQAScore, VQAYesNo, tiny_vlm
 
 results = Path(__file__).resolve().parents[1]/'data'/'results'
@@ -212,7 +212,7 @@ def test_val_and_train_never_meet():
 
 def test_compbench_with_published_architectures(dirs):
     "Small models of the real kinds behind every row"
-    from diffusion_sharpening.rewards.base import Reward
+    from diffusion_sharpening.rewards.protocol import Reward
     class Flat(Reward):
         name = 'flat'
         def score(self, images, prompts):
@@ -418,7 +418,7 @@ def test_numbers_of_vqa(dirs):
 def test_full_size_owlv2(tmp_path):
     "The published configuration (ViT-B/16 at 960 pixels) with random weights through the loader"
     from transformers import Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor
-    from diffusion_sharpening.tiny import make_tokenizer
+    from diffusion_sharpening.models.tiny import make_tokenizer
     tok = make_tokenizer(tmp_path, ['a', 'photo', 'of', 'cup', 'cat'], max_length=16)
     Owlv2Processor(Owlv2ImageProcessor(), tok).save_pretrained(tmp_path)
     cfg = Owlv2Config(vision_config=dict(image_size=960, patch_size=16))

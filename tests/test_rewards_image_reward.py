@@ -7,7 +7,7 @@ import pytest, torch
 transformers = pytest.importorskip('transformers')
 from safetensors.torch import save_file
 from diffusion_sharpening.rewards import image_reward as ir
-from diffusion_sharpening.rewards.base import load_reward
+from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.rewards.image_reward import BlipJudge, Compositional, ImageReward, save_checkpoint
 
 torch.set_num_threads(1)

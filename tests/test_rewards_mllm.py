@@ -7,7 +7,7 @@ import pytest, torch
 pytest.importorskip('openai')
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'nbs'/'_dev'))
 from fault_proxy import FaultProxy
-from diffusion_sharpening.rewards import base
+from diffusion_sharpening.rewards import protocol as base
 from diffusion_sharpening.rewards.mllm import ASPECTS, MLLMGrader, Settings
 
 torch.set_num_threads(1)
@@ -225,7 +225,7 @@ def served():
 @pytest.mark.slow
 def test_end_to_end(served):
     "The small model prefers the caption a picture was drawn for"
-    from diffusion_sharpening.worlds.shapes import picture, prompts
+    from diffusion_sharpening.worlds.shapes.draw import picture, prompts
     texts = prompts(48, seed=77); other = texts[6:] + texts[:6]
     ims = torch.stack([picture(t, i) for i, t in enumerate(texts)])
     g = MLLMGrader(served, Settings(timeout=60.), weights=dict(accuracy=1.))
@@ -236,7 +236,7 @@ def test_end_to_end(served):
 
 @pytest.mark.slow
 def test_end_to_end_through_faults(served):
-    from diffusion_sharpening.worlds.shapes import picture, prompts
+    from diffusion_sharpening.worlds.shapes.draw import picture, prompts
     (url, _, model), texts = served.partition('#'), prompts(12, seed=3)
     faults = ['busy', 'broken', 'garbage', 'refusal', 'cut', 'hang', 'drop', 'torn', 'huge']
     ims = torch.stack([picture(t, i) for i, t in enumerate(texts)])
@@ -252,7 +252,7 @@ def test_end_to_end_through_faults(served):
 @pytest.mark.slow
 def test_embedded_by_name():
     "`shapes` starts the server by itself"
-    from diffusion_sharpening.worlds.shapes import picture, prompts
+    from diffusion_sharpening.worlds.shapes.draw import picture, prompts
     text, g = prompts(1)[0], MLLMGrader('shapes')
     assert g(picture(text)[None], [text]).isfinite().all()
 
@@ -260,7 +260,7 @@ def test_embedded_by_name():
 @pytest.mark.slow
 def test_training_on_two_rewards(served, tmp_path):
     "`sharpen train rlhf` on the CLIP score and the grader, through a proxy with faults; the report counts pictures, failures and money"
-    from diffusion_sharpening import cli
+    from diffusion_sharpening.commands import cli
     from rewards_train_mllm import command, record
     url, _, model = served.partition('#')
     with FaultProxy(['busy', 'garbage', 'policy', 'refusal', 'refusal'], url) as proxy:

@@ -6,13 +6,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest, torch
 from PIL import Image
 
-from diffusion_sharpening.path_integral import pair, standardise, tied
-from diffusion_sharpening.rewards.base import Mixture, Reward, RewardError
-from diffusion_sharpening.rewards.checker import alarms, image_stats, picture_stats, shifts
-from diffusion_sharpening.rewards.combined import HOW, Combined, borda, combine, group_scores, neutral, rank, zscore
-from diffusion_sharpening.rewards.own import Own, Part, load_function, parse_spec
-from diffusion_sharpening.rewards.remote import Remote, answer, from_png, make_server, pack, post, serve, serving, to_png, unpack
-from diffusion_sharpening.rewards.score import (
+from diffusion_sharpening.maths.choice import pair, standardise, tied
+from diffusion_sharpening.rewards.mixture import Mixture
+from diffusion_sharpening.rewards.protocol import Reward, RewardError
+from diffusion_sharpening.evaluation.alarms import alarms, image_stats, picture_stats, shifts
+from diffusion_sharpening.rewards.mixture import (
+    HOW, Combined, borda, combine, group_scores, neutral, rank, zscore)
+from diffusion_sharpening.names.grammar import Part
+from diffusion_sharpening.rewards.own import Own, load_function
+from diffusion_sharpening.names.grammar import parse_spec
+from diffusion_sharpening.rewards.remote import (
+    Remote, answer, from_png, make_server, pack, post, serve, serving, to_png, unpack)
+from diffusion_sharpening.commands.score import (
     fingerprints, list_images, open_journal, read_image, read_pairs, score_folder, summarise, write_scores)
 
 torch.set_num_threads(1)
@@ -397,7 +402,7 @@ def test_serve_command_stops_on_interrupt():
 def test_serve_reward_command(folder):
     "A server process, the client through the command line: the scores of the reward itself, in order; SIGTERM ends it, and then the client says so"
     import subprocess
-    from diffusion_sharpening import cli
+    from diffusion_sharpening.commands import cli
     env = {k: v for k, v in os.environ.items() if k != 'SHARPEN_REWARD_KEY'} | dict(OMP_NUM_THREADS='1')
     cmd = [sys.executable, '-m', 'diffusion_sharpening', 'serve-reward', '--reward', 'clip@shapes', '--port', '0']
     def score(reward, out):
@@ -422,7 +427,7 @@ def test_serve_reward_command(folder):
 
 
 def test_what_serve_reward_refuses(monkeypatch, capsys):
-    from diffusion_sharpening import cli
+    from diffusion_sharpening.commands import cli
     monkeypatch.delenv('SHARPEN_REWARD_KEY', raising=False)
     kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -6,11 +6,12 @@ import pytest, torch
 open_clip = pytest.importorskip('open_clip')
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from diffusion_sharpening.rewards.base import load_reward
+from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.rewards.clip import read_clip
 from diffusion_sharpening.rewards.preference import (
-    Preference, degrade, fit_preference, freeze, new_scorer, pair_accuracy, pairs_loss, shapes_pairs, split_pairs)
-from diffusion_sharpening.worlds.shapes import held_out, picture
+    Preference, degrade, fit_preference, freeze, new_scorer, pair_accuracy, pairs_loss, shapes_pairs,
+    split_pairs)
+from diffusion_sharpening.worlds.shapes.draw import held_out, picture
 
 torch.set_num_threads(1)
 
@@ -47,7 +48,7 @@ def test_files_and_tensors_give_the_same_model(tmp_path):
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
-    import diffusion_sharpening.worlds.pretrain as pretrain
+    import diffusion_sharpening.worlds.shapes.base as pretrain
     pairs, how = colour_pairs(8), dict(steps=4, batch=4, fixed=1., head=dict(width=32, layers=1))
     whole = fit_preference(pairs, tmp_path/'whole', **how)
     fit, state = pretrain.fit, tmp_path/'state'

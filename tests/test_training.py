@@ -5,18 +5,20 @@ import pytest, torch
 from safetensors.torch import load_file
 
 diffusers = pytest.importorskip('diffusers')
-from diffusion_sharpening import jobs
-from diffusion_sharpening.lora import lora_file
-from diffusion_sharpening.losses import log_ratio, preference
+from diffusion_sharpening.commands import jobs
+from diffusion_sharpening.models.policies import lora_file
+from diffusion_sharpening.maths.losses import log_ratio, preference
 from diffusion_sharpening.methods.catalog import method
-from diffusion_sharpening.methods.sharpening import (Batch, candidates, configure, noise_targets, path_errors,
-                                                     path_mean, values)
-from diffusion_sharpening.models import Denoiser
-from diffusion_sharpening.path_integral import argmax, pair, pick, standardise
-from diffusion_sharpening.rewards.base import Reward
-from diffusion_sharpening.tiny import tiny_sdxl
+from diffusion_sharpening.methods.sharpening import (
+    Batch, candidates, noise_targets, path_errors, path_mean, values)
+from diffusion_sharpening.basics.settings import configure
+from diffusion_sharpening.models.denoiser import Denoiser
+from diffusion_sharpening.maths.choice import argmax, pair, pick, standardise
+from diffusion_sharpening.rewards.protocol import Reward
+from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.training.loop import Callback, Run, prepare, settings, train
-from diffusion_sharpening.trajectories import START, branch, fold, noise, rollout
+from diffusion_sharpening.basics.seeds import START, fold, noise
+from diffusion_sharpening.maths.rollout import branch, rollout
 
 torch.set_num_threads(1)
 jobs.quiet()

@@ -14,13 +14,13 @@ def model_folder(name, tmp):
     "The folder named, the embedded model if it is there, or an untrained pipeline of its size"
     if name: return name
     if embedded().is_dir(): return str(embedded())
-    from diffusion_sharpening.worlds.pretrain import shapes_sdxl
+    from diffusion_sharpening.worlds.shapes.base import shapes_sdxl
     shapes_sdxl(Path(tmp)/'shapes-sdxl')
     return str(Path(tmp)/'shapes-sdxl')
 
 def load(folder, guidance=1.):
-    from diffusion_sharpening.jobs import quiet
-    from diffusion_sharpening.models import Denoiser
+    from diffusion_sharpening.commands.jobs import quiet
+    from diffusion_sharpening.models.denoiser import Denoiser
     quiet()
     return Denoiser.from_pretrained(folder, guidance=guidance)
 
@@ -74,7 +74,8 @@ def stock(folder, d, B, S):
 def bench_rollout(folder, batch, steps, repeat):
     "Seconds of `steps` sampler steps of `batch` pictures"
     import torch
-    from diffusion_sharpening.trajectories import START, noise, rollout
+    from diffusion_sharpening.basics.seeds import START, noise
+    from diffusion_sharpening.maths.rollout import rollout
     d = load(folder)
     c, seeds = d.encode((prompts*batch)[:batch]), torch.arange(batch)
     x, ts, pipe = noise(seeds, START, d.shape, d.device), d.grid(steps), stock(folder, d, batch, steps)
@@ -112,7 +113,7 @@ def one_batch(d, B):
     "Prompts and latents of one update"
     import torch
     from diffusion_sharpening.methods.sharpening import Batch
-    from diffusion_sharpening.trajectories import START, fold, noise
+    from diffusion_sharpening.basics.seeds import START, fold, noise
     texts, i = (prompts*B)[:B], torch.arange(B)
     return Batch(texts, d.encode(texts), fold(0, i), noise(i, START, d.shape, d.device))
 
@@ -126,9 +127,9 @@ def chosen_first(d, cfg, batch):
 def all_in_graph(d, cfg, batch):
     "The straightforward way: errors of every candidate with a graph, then pick the winners' (same rollout)"
     import torch
-    from diffusion_sharpening.methods.sharpening import (candidates, noise_targets, path_errors, path_mean,
-                                                         values)
-    from diffusion_sharpening.path_integral import argmax, pick
+    from diffusion_sharpening.methods.sharpening import (
+        candidates, noise_targets, path_errors, path_mean, values)
+    from diffusion_sharpening.maths.choice import argmax, pick
     c = candidates(cfg, d, batch)
     x, ts, errs = c.tr.states[:-1], c.tr.t, []
     eps = noise_targets(cfg.target, d.schedule, x, ts, c.x0, c.eps)
@@ -198,7 +199,7 @@ def child(a):
         f, (d, _, cfg) = list(ways.values())[int(a.child)], learner(a.model, 'sft', a.n, a.m)
         update = lambda b: gradient(d, f(d, cfg, b))
     else:
-        from diffusion_sharpening.rewards.base import load_reward
+        from diffusion_sharpening.names.catalog import load_reward
         method, way = a.child.split('-')
         (d, how, cfg), reward = learner(a.model, method, a.n, a.m), load_reward('clip', 'shapes')
         update = lambda b: gradient(d, updates[way](d, how, cfg, b, reward))
@@ -220,8 +221,8 @@ def ours(d, how, cfg, batch, reward): return how.loss(cfg, d, how.collect(cfg, d
 
 def one_path(d, batch, x, eps, ts, reward=None):
     "Errors and values along one candidate's path; whatever gradients are on stay on, through sampler, decoder and reward"
-    from diffusion_sharpening.losses import denoising
-    from diffusion_sharpening.samplers import step
+    from diffusion_sharpening.maths.losses import denoising
+    from diffusion_sharpening.maths.samplers import step
     errs, R = [], 0.
     for t, s in zip(ts, ts[1:]):
         x0, e = d.predict(x, t.clamp(min=0), batch.cond)
@@ -233,11 +234,11 @@ def one_path(d, batch, x, eps, ts, reward=None):
 def released(d, how, cfg, batch, reward):
     "Every candidate rolled out, decoded and scored with its graph, one after the other; then the choice and the loss"
     import torch
-    from diffusion_sharpening.losses import log_ratio, preference
+    from diffusion_sharpening.maths.losses import log_ratio, preference
     from diffusion_sharpening.methods.sharpening import starts
-    from diffusion_sharpening.path_integral import argmax, pair, pick, standardise
-    from diffusion_sharpening.schedules import add_noise
-    from diffusion_sharpening.trajectories import START, fold, noise
+    from diffusion_sharpening.maths.choice import argmax, pair, pick, standardise
+    from diffusion_sharpening.maths.schedules import add_noise
+    from diffusion_sharpening.basics.seeds import START, fold, noise
     ts, got, refs, rlhf = starts(cfg, d.schedule, d.grid(cfg.S), batch.seeds), [], [], how.name == 'rlhf'
     for i in range(cfg.n):
         eps = noise(fold(batch.seeds, i), START, d.shape, d.device)
@@ -254,7 +255,7 @@ updates = dict(library=ours, released=released)
 
 def bench_update(folder, batch, n, m, repeat):
     "Seconds and peak memory of one SFT and one RLHF update in both ways, with the embedded CLIP as the reward"
-    from diffusion_sharpening.rewards.base import load_reward
+    from diffusion_sharpening.names.catalog import load_reward
     reward, out = load_reward('clip', 'shapes'), {}
     for method in ('sft', 'rlhf'):
         d, how, cfg = learner(folder, method, n, m)

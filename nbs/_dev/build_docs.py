@@ -21,7 +21,7 @@ base_url = re.escape(cfg.doc_host + cfg.doc_baseurl + '/')
 def directive(cell, names): return re.search(rf'^#\|\s*({names})\b', cell.source, re.M)
 
 def group_title(folder):
-    "`1_maths` → `Maths`"
+    "`02_maths` → `Maths`"
     return re.sub(r'^\d+_', '', folder).replace('_', ' ').capitalize()
 
 def page_of(path):

@@ -5,7 +5,7 @@
 import argparse, json
 from pathlib import Path
 import torch
-from diffusion_sharpening import jobs
+from diffusion_sharpening.commands import jobs
 
 root = Path(__file__).resolve().parents[2]
 LR = dict(sft=1e-4, rlhf=5e-4)    # at 5e-4 every preset of SFT lost in an earlier comparison

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 torch.set_num_threads(1)
-from diffusion_sharpening import jobs
-from diffusion_sharpening.models import Denoiser
-from diffusion_sharpening.rewards.base import Reward
-from diffusion_sharpening.tiny import tiny_sdxl
+from diffusion_sharpening.commands import jobs
+from diffusion_sharpening.models.denoiser import Denoiser
+from diffusion_sharpening.rewards.protocol import Reward
+from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.training.callbacks import Checkpoint, Log
 from diffusion_sharpening.training.checkpoints import checkpoints, load_checkpoint
 from diffusion_sharpening.training.loop import settings, train

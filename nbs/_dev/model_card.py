@@ -3,13 +3,15 @@
 import argparse, json, time
 from pathlib import Path
 import torch
-from diffusion_sharpening.evaluation.metrics import interval, evaluate
-from diffusion_sharpening.jobs import load_model, provenance
-from diffusion_sharpening.rewards.base import load_reward
-from diffusion_sharpening.trajectories import START, fold, noise, rollout
-from diffusion_sharpening.worlds.checker import by_category, check
-from diffusion_sharpening.worlds.companion import near_miss
-from diffusion_sharpening.worlds.shapes import CATEGORIES, picture, prompts
+from diffusion_sharpening.basics.stats import interval
+from diffusion_sharpening.evaluation.measure import evaluate
+from diffusion_sharpening.commands.jobs import load_model, provenance
+from diffusion_sharpening.names.catalog import load_reward
+from diffusion_sharpening.basics.seeds import START, fold, noise
+from diffusion_sharpening.maths.rollout import rollout
+from diffusion_sharpening.worlds.shapes.exam import by_category, check
+from diffusion_sharpening.worlds.shapes.clip import near_miss
+from diffusion_sharpening.worlds.shapes.draw import CATEGORIES, picture, prompts
 
 root = Path(__file__).resolve().parents[2]
 

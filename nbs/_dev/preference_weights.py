@@ -4,14 +4,14 @@ import argparse, json, platform, time
 from pathlib import Path
 import torch
 from diffusion_sharpening.rewards.aesthetic import fit_aesthetic, rated_shapes
-from diffusion_sharpening.rewards.checker import rank_correlation
-from diffusion_sharpening.rewards.files import digest
+from diffusion_sharpening.basics.stats import rank_correlation
+from diffusion_sharpening.basics.files import digest
 from diffusion_sharpening.rewards.clip import CLIPScore, find_clip
 from diffusion_sharpening.rewards.preference import fit_preference, pair_accuracy, shapes_pairs
-from diffusion_sharpening.worlds.checker import by_category, check
-from diffusion_sharpening.worlds.companion import reconstruct
+from diffusion_sharpening.worlds.shapes.exam import by_category, check
+from diffusion_sharpening.worlds.shapes.clip import reconstruct
 from diffusion_sharpening.worlds.embedded import weights
-from diffusion_sharpening.worlds.pretrain import kept
+from diffusion_sharpening.models.fit import kept
 
 def choices(n, work, vae):
     "Training pairs, drawn once; both pictures of every fourth pair have been through the autoencoder"

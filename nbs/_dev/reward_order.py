@@ -5,11 +5,11 @@
 import argparse, json
 from pathlib import Path
 import torch
-from diffusion_sharpening.evaluation.metrics import interval, shown
-from diffusion_sharpening.jobs import load_model, provenance
-from diffusion_sharpening.rewards.base import load_reward
-from diffusion_sharpening.worlds.checker import by_category, check
-from diffusion_sharpening.worlds.shapes import prompts
+from diffusion_sharpening.basics.stats import interval, shown
+from diffusion_sharpening.commands.jobs import load_model, provenance
+from diffusion_sharpening.names.catalog import load_reward
+from diffusion_sharpening.worlds.shapes.exam import by_category, check
+from diffusion_sharpening.worlds.shapes.draw import prompts
 
 root = Path(__file__).resolve().parents[2]
 

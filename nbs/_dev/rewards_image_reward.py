@@ -12,7 +12,7 @@ sys.path.insert(0, str(root))
 import torch
 import torch.nn.functional as F
 from diffusion_sharpening.rewards.image_reward import PUBLISHED, BlipJudge, ImageReward, rename
-from diffusion_sharpening.worlds.shapes import picture, prompts
+from diffusion_sharpening.worlds.shapes.draw import picture, prompts
 
 out = root/'data/results/rewards-image_reward.json'
 

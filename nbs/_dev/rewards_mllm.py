@@ -8,7 +8,7 @@ sys.path.insert(0, str(root))
 
 def spearman(a, b):
     "Rank correlation, None where one side is constant"
-    from diffusion_sharpening.rewards.checker import rank_correlation
+    from diffusion_sharpening.basics.stats import rank_correlation
     r = rank_correlation(a, b)
     return round(r, 3) if r == r else None
 
@@ -16,9 +16,9 @@ def agreement(which, split, n):
     "Grades of `n` pictures for their own caption, a near miss and another's, beside the exact checker"
     import torch
     from diffusion_sharpening.rewards.mllm import MLLMGrader
-    from diffusion_sharpening.worlds.checker import check
-    from diffusion_sharpening.worlds.companion import near_miss
-    from diffusion_sharpening.worlds.shapes import CATEGORIES, category, picture, prompts
+    from diffusion_sharpening.worlds.shapes.exam import check
+    from diffusion_sharpening.worlds.shapes.clip import near_miss
+    from diffusion_sharpening.worlds.shapes.draw import CATEGORIES, category, picture, prompts
     rng, own = random.Random(1), prompts(n, split, seed=77)
     asked = dict(own=own, near=[near_miss(t, rng) for t in own], other=own[6:] + own[:6])
     ims = torch.stack([picture(t, i, split) for i, t in enumerate(own)])
@@ -38,7 +38,7 @@ def speed(which, workers, n=24):
     "Milliseconds per picture with so many threads"
     import torch
     from diffusion_sharpening.rewards.mllm import MLLMGrader, Settings
-    from diffusion_sharpening.worlds.shapes import picture, prompts
+    from diffusion_sharpening.worlds.shapes.draw import picture, prompts
     texts, g = prompts(n, seed=5), MLLMGrader(which, Settings(workers=workers))
     ims = torch.stack([picture(t, i) for i, t in enumerate(texts)])
     g.score(ims[:2], texts[:2]); start = time.time(); g.score(ims, texts)

@@ -33,7 +33,7 @@ def main():
     p.add_argument('--steps', type=int, default=6, help='batches (default %(default)s)')
     steps = p.parse_args().steps
     import torch
-    from diffusion_sharpening import cli
+    from diffusion_sharpening.commands import cli
     from diffusion_sharpening.rewards.local_grader import serve
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as d, serve(wait=1200) as which:

@@ -46,7 +46,7 @@ def aesthetic(d):
     return load('aesthetic:fit_aesthetic', d, x, x.mean((1, 2, 3)), 'shapes')
 
 def _words(d): # A vocabulary of Shapes captions for BERT
-    from diffusion_sharpening.worlds.shapes import prompts
+    from diffusion_sharpening.worlds.shapes.draw import prompts
     words = '[PAD] [UNK] [CLS] [SEP] [MASK]'.split() + sorted({w for p in prompts(600) for w in p.replace(',', ' ,').split()})
     d.mkdir(exist_ok=True); (d/'vocab.txt').write_text('\n'.join(words)); return len(words)
 
@@ -91,7 +91,7 @@ def best(f, repeat, clock): # Seconds of the fastest of several runs, after one 
 
 def pictures(n, name):
     from PIL import Image
-    from diffusion_sharpening.worlds.shapes import caption, picture
+    from diffusion_sharpening.worlds.shapes.draw import caption, picture
     import random
     rng = random.Random(0); texts = [caption(rng, 'spatial') for _ in range(n)]
     x = (torch.stack([picture(t, i) for i, t in enumerate(texts)])*255).round().byte()
