@@ -2,7 +2,8 @@
 import os, subprocess, sys
 from pathlib import Path
 import pytest, torch
-from diffusion_sharpening.worlds.world import WORLDS, check_world, model_path, weight_folders, weights, world_of
+from diffusion_sharpening.worlds.world import (
+    WORLDS, check_world, model_path, weight_folders, weights, world_of)
 
 each_world = pytest.mark.parametrize('world', WORLDS.values(), ids=WORLDS)
 
@@ -27,5 +28,6 @@ def test_names_outside_any_world_stay():
 def test_the_named_folder_comes_first(tmp_path, monkeypatch):
     (tmp_path/'shapes-clip').mkdir()
     monkeypatch.setenv('DIFFUSION_SHARPENING_DATA', str(tmp_path))
-    assert weights('shapes-clip') == tmp_path/'shapes-clip' and weights('shapes-sdxl').parent == weight_folders()[1]
-    with pytest.raises(ValueError, match=r"no folder 'nothing' in .*there are: .*shapes-clip"): weights('nothing')
+    assert weights('shapes-clip') == tmp_path/'shapes-clip'
+    assert weights('shapes-sdxl').parent == weight_folders()[1]
+    with pytest.raises(ValueError, match="'nothing' in .*there are: .*shapes-clip"): weights('nothing')

@@ -15,12 +15,12 @@ from .exam import Exam
 from .shapes.draw import category, dataset, prompts
 from .shapes.exam import Checker
 
-# %% ../../nbs/05_worlds/01_world.ipynb #a7199add
+# %% ../../nbs/05_worlds/01_world.ipynb #b99b98f5
 @dataclass(frozen=True)
 class World:
     "A place whose truth is known"
     name: str
-    prompts: Callable # `(n, split, seed) -> list of n texts`; split is 'train' or 'heldout'; ValueError for others
+    prompts: Callable # `(n, split, seed) -> list of n texts`; split: 'train', 'heldout', or a ValueError
     pairs: Callable # `(n, seed) -> things, texts`: true things, and prompts of the training split
     exam: Exam|None # Exact judge, for measuring; None where there is none
     groups: Callable # `prompts -> list of names`, one each; ValueError for a text of another world
@@ -45,7 +45,7 @@ def weight_folders()->list: # Folders, the first has priority
     named = os.environ.get('DIFFUSION_SHARPENING_DATA')
     return [*([Path(named)] if named else []), package.parent/'data', package/'weights']
 
-# %% ../../nbs/05_worlds/01_world.ipynb #0d584f1f
+# %% ../../nbs/05_worlds/01_world.ipynb #a52801ae
 def weights(name:str # A folder of embedded weights, e.g. `shapes-clip`
            )->Path: # ValueError names what is there
     "The folder of embedded weights called `name`"
@@ -54,15 +54,16 @@ def weights(name:str # A folder of embedded weights, e.g. `shapes-clip`
         if (d/name).is_dir(): return d/name
     there = sorted({p.name for d in found for p in d.iterdir() if p.is_dir()})
     raise ValueError(f"embedded weights: no folder {name!r} in {' or '.join(map(str, weight_folders()))}; "
-                     f"there are: {', '.join(there) or 'none'}. Set DIFFUSION_SHARPENING_DATA to their folder")
+                     f"there are: {', '.join(there) or 'none'}. DIFFUSION_SHARPENING_DATA names another place")
 
-# %% ../../nbs/05_worlds/01_world.ipynb #bd4cc2ec
+# %% ../../nbs/05_worlds/01_world.ipynb #c66ece0a
 def _shapes_pairs(n, seed=0):
     ims, texts = dataset(n, seed)
     return ims.float()/255, texts
 
 WORLDS = dict(
-    shapes=World('shapes', prompts, _shapes_pairs, Checker(), lambda texts: [category(t) for t in texts], lambda x: x,
+    shapes=World('shapes', prompts, _shapes_pairs, Checker(), show=lambda x: x,
+                 groups=lambda texts: [category(t) for t in texts],
                  models=dict(shapes='shapes-sdxl'),
                  judges=dict(clip='shapes-clip', mllm='shapes-grader', preference='shapes-preference',
                              aesthetic='shapes-aesthetic')))
@@ -82,14 +83,7 @@ def model_path(model:str # Name of an embedded model, a folder, or a name on the
     world = world_of(model)
     return str(weights(world.models[model]) if world and model in world.models else model)
 
-# %% ../../nbs/05_worlds/01_world.ipynb #8790c4bb
-def check_world(world:World, # The world
-                n:int=24 # Prompts and pairs that are looked at
-               )->None: # ValueError names the first promise that is broken
-    "Hold a world to what every world promises"
-    for promise, kept in (*_about_prompts(world, n), *_about_things(world, n)):
-        if not kept: raise ValueError(f'world {world.name!r}: expected {promise}')
-
+# %% ../../nbs/05_worlds/01_world.ipynb #577f7f57
 def _about_prompts(w, n):
     texts, held = w.prompts(n, 'train', 1), w.prompts(n, 'heldout', 1)
     yield 'as many prompts as asked for', [len(texts), len(held)] == [n, n]
@@ -101,21 +95,33 @@ def _about_prompts(w, n):
     yield 'to know its prompts', w.knows(texts) and w.knows(held)
     yield 'not to know other texts', not w.knows([*texts, 'no prompt of any world'])
 
+def _refuses(f):
+    try: f()
+    except ValueError: return True
+
+# %% ../../nbs/05_worlds/01_world.ipynb #8134c8e2
 def _about_things(w, n):
     (things, texts), (same, again) = w.pairs(n, 1), w.pairs(n, 1)
     x, y = w.show(things), w.show(same)
     yield 'the same pairs for the same seed', texts == again and torch.equal(x, y)
     yield 'a picture (3, H, W) of each thing', x.shape[:2] == (n, 3) and x.is_floating_point()
     yield 'pictures in [0, 1]', 0 <= x.min() and x.max() <= 1
-    if w.exam: yield from _about_exam(w.exam, things, texts)
     for folder in {**w.models, **w.judges}.values(): yield f'the weights {folder}', weights(folder).is_dir()
 
-def _about_exam(exam, things, texts):
-    rows, mean = exam.statements(things, texts), exam(things, texts)
+# %% ../../nbs/05_worlds/01_world.ipynb #7850d7a1
+def _about_exam(w, n):
+    (things, texts), exam = w.pairs(n, 1), w.exam
+    mean, holds = exam(things, texts), [[ok for _, ok in rows] for rows in exam.statements(things, texts)]
     yield 'an exam that true pairs pass', exam.strict(things, texts).mean() >= .95
     yield 'an exam that doubts exchanged prompts', exam(things, texts[1:] + texts[:1]).mean() < mean.mean()
-    yield 'a score that is the share of statements', all(abs(m - sum(h for _, h in r)/len(r)) < 1e-6 for m, r in zip(mean, rows))
+    yield 'the share of statements', all(abs(m - sum(h)/len(h)) < 1e-6 for m, h in zip(mean, holds))
 
-def _refuses(f):
-    try: f()
-    except ValueError: return True
+# %% ../../nbs/05_worlds/01_world.ipynb #75bf4825
+def check_world(world:World, # The world
+                n:int=24 # Prompts and pairs that are looked at
+               )->None: # ValueError names the first promise that is broken
+    "Hold a world to what every world promises"
+    found = [*_about_prompts(world, n), *_about_things(world, n)]
+    if world.exam: found += _about_exam(world, n)
+    for promise, kept in found:
+        if not kept: raise ValueError(f'world {world.name!r}: expected {promise}')

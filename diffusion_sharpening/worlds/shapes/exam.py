@@ -138,7 +138,7 @@ def related(a:tuple, # Found object: (`Thing`, mask)
     if rel == 'inside': return a.r < b.r and bool((ma & ~mb).sum() < .1*ma.sum())
     return a.r > 1.1*b.r if rel == 'bigger than' else b.r > 1.1*a.r
 
-# %% ../../../nbs/05_worlds/shapes/02_exam.ipynb #7da9fbaa
+# %% ../../../nbs/05_worlds/shapes/02_exam.ipynb #8b7f0293
 def _holds(o, want): return [o is not None and getattr(o[0], k) == v for k, v in want.stated().items()]
 
 def statements(found:list, # Objects of one picture, from `read`
@@ -152,7 +152,8 @@ def statements(found:list, # Objects of one picture, from `read`
         if bare + bool(spec.relation) <= most: continue
         rel = [bool(os[0] and os[1] and related(*os[:2], spec.relation))] if spec.relation else []
         if bare + sum(rel) > most: best, most = [*sum(true, []), *rel], bare + sum(rel)
-    said = [f'{w}: {v}' for w in spec.things for v in w.stated().values()] + [spec.relation]*bool(spec.relation)
+    said = [f'{w}: {v}' for w in spec.things for v in w.stated().values()]
+    said += [spec.relation]*bool(spec.relation)
     return [*zip(said, best), (f'{n} in all', len(found) == n)]
 
 # %% ../../../nbs/05_worlds/shapes/02_exam.ipynb #2cd9ff66
