@@ -232,7 +232,8 @@ def latents(self:Denoiser,
     "Latents of pictures"
     f, (h, w) = self.pipe.vae_scale_factor, images.shape[-2:]
     if images.ndim < 4 or images.shape[-3] != 3 or h % f or w % f:
-        raise ValueError(f'images: expected (…, 3, H, W), sides multiples of {f}; found {tuple(images.shape)}')
+        raise ValueError(f'images: expected (…, 3, H, W), sides multiples of {f}; '
+                         f'found {tuple(images.shape)}')
     flat = images.to(self.device).reshape(-1, 3, h, w)
     z = torch.cat([_encoded(self.pipe.vae, x) for x in flat.split(chunk)])
     return z.view(*images.shape[:-3], *z.shape[1:])
@@ -324,7 +325,8 @@ def cast(self:Denoiser,
     "Store the frozen weights in another precision and run the network in it"
     dtype = dtype_of(dtype)
     if dtype == self.dtype: return self
-    if self.policies.named: raise ValueError('cast: expected a model that does not learn yet, before add_lora or add_full')
+    if self.policies.named:
+        raise ValueError('cast: expected a model that does not learn yet, before add_lora or add_full')
     self.pipe.to(dtype); _safe_vae(self.pipe)
     if self.score_vae is not None: self.score_vae.to(dtype)
     if getattr(self.pipe, self.family.text_encoders[0]) is not None: self.cache = Features(self.cache.most)
