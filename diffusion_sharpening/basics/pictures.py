@@ -24,7 +24,20 @@ class PictureError(ValueError):
         super().__init__(f'pictures: expected a whole picture in {name}, found {why}')
         self.name, self.why = name, why
 
-# %% ../../nbs/01_basics/07_pictures.ipynb #67b2e47e
+# %% ../../nbs/01_basics/07_pictures.ipynb #4bffd63e
+def _why(e, source): # One line on what is wrong
+    if _is_empty(source): return 'an empty file'
+    if isinstance(e, Image.DecompressionBombError): return f'too many pixels ({str(e).partition(",")[0]})'
+    if isinstance(e, Image.UnidentifiedImageError): return 'something else'
+    if isinstance(e, OSError) and e.strerror: return e.strerror.lower()
+    return str(e).strip().split('\n')[0][:200] or type(e).__name__
+
+def _is_empty(source):
+    if isinstance(source, bytes): return not source
+    try: return not Path(source).stat().st_size
+    except (OSError, ValueError): return False
+
+# %% ../../nbs/01_basics/07_pictures.ipynb #01575d9b
 def open_header(source, # Path or bytes of a file
                 name:str='', # For errors; nothing: the path
                 limit:int=MAX_PIXELS # Pixels, width times height
@@ -35,25 +48,13 @@ def open_header(source, # Path or bytes of a file
     try:
         if not data and not Path(source).is_file(): raise FileNotFoundError('no such file')
         im = Image.open(io.BytesIO(source) if data else source, formats=FORMATS)
-        moving = getattr(im, 'is_animated', False) and im.format != 'MPO' # cameras add a preview as a second one
+        moving = getattr(im, 'is_animated', False) and im.format != 'MPO'  # a camera's preview does not move
     except Exception as e: raise PictureError(name, _why(e, source)) from None
     if min(im.size) < 1: raise PictureError(name, 'one without pixels')
     if im.width*im.height > limit:
         raise PictureError(name, f'{im.width} × {im.height} pixels, more than {limit:,}')
     if moving: raise PictureError(name, 'several pictures in it; take one of them')
     return im
-
-def _why(e, source): # One line on what is wrong
-    size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size if _is_file(source) else 1
-    if size == 0: return 'an empty file'
-    if isinstance(e, Image.DecompressionBombError): return f'too many pixels ({str(e).partition(",")[0]})'
-    if isinstance(e, Image.UnidentifiedImageError): return 'something else'
-    if isinstance(e, OSError) and e.strerror: return e.strerror.lower()
-    return str(e).strip().split('\n')[0][:200] or type(e).__name__
-
-def _is_file(path):
-    try: return Path(path).is_file()
-    except (OSError, ValueError): return False
 
 # %% ../../nbs/01_basics/07_pictures.ipynb #eadc951f
 _TURNS = {k: getattr(Image.Transpose, v) for k, v in enumerate(
@@ -107,13 +108,15 @@ def read_picture(source, # Path or bytes of a file
     "Read a picture as numbers"
     return as_tensor(open_picture(source, name, limit))
 
-# %% ../../nbs/01_basics/07_pictures.ipynb #57e6f925
+# %% ../../nbs/01_basics/07_pictures.ipynb #d528b90b
 def as_png(x:Tensor, # `(3, H, W)` in [0, 1]; what lies outside is cut off
            name:str='a picture' # For the error
           )->bytes: # A file; ValueError if a number is not finite
     "Write a picture as PNG"
     bad = int((~x.isfinite()).sum())
-    if bad: raise ValueError(f'pictures: expected finite numbers in {name}, found {bad} of {x.numel()} that are not')
+    if bad:
+        raise ValueError(f'pictures: expected finite numbers in {name}, '
+                         f'found {bad} of {x.numel()} not finite')
     a = (x.detach().float().clamp(0, 1)*255).round().byte().permute(1, 2, 0).cpu().numpy()
     Image.fromarray(a).save(buf := io.BytesIO(), 'PNG', compress_level=1)
     return buf.getvalue()
