@@ -11,7 +11,7 @@ from .load import load_model
 from ..data.tables import prompt_set
 from ..evaluation.measure import evaluate as measure, report
 from ..names.catalog import load_reward
-from ..worlds.embedded import EMBEDDED
+from ..worlds.world import world_of
 
 # %% ../../nbs/13_commands/10_evaluate.ipynb #dd3c8991
 def evaluate(
@@ -27,7 +27,7 @@ def evaluate(
     "Measure a model on held-out prompts"
     if n < 1: raise ValueError(f'n: expected at least one prompt, found {n}')
     texts = prompt_set(prompts, n, 'heldout', seed=1)[:n]
-    r = load_reward(reward, model if model in EMBEDDED else None, train=False)
+    r = load_reward(reward, getattr(world_of(model), 'name', None), train=False)
     d = load_model(model, guidance, lora)
     e = measure(d, texts, judges(r, texts), S, seed=seed)
     return dict(model=model, lora=lora, judge=reward, heldout_prompts=len(texts), S=S, guidance=d.guidance,

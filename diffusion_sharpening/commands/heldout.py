@@ -7,7 +7,7 @@ __all__ = ['heldout_prompts', 'judges']
 
 # %% ../../nbs/13_commands/06_heldout.ipynb #ee653a52
 from ..data.tables import prompt_set
-from ..names.catalog import load_reward
+from ..worlds.world import WORLDS
 
 # %% ../../nbs/13_commands/06_heldout.ipynb #db61347b
 def heldout_prompts(source:str, # As for `prompt_set`
@@ -22,8 +22,6 @@ def heldout_prompts(source:str, # As for `prompt_set`
 def judges(reward, # The trained reward
            prompts:list # What it is asked about
           )->dict: # Name → reward
-    "The trained reward, and the exam if the prompts are captions of Shapes"
+    "The trained reward, and the exam of the world whose prompts these are"
     out = {reward.name: reward}
-    try: from diffusion_sharpening.worlds.shapes.draw import parse; [parse(p) for p in prompts]
-    except ValueError: return out
-    return out | dict(checker=load_reward('checker', train=False))
+    return out | {w.exam.name: w.exam for w in WORLDS.values() if w.exam and w.knows(prompts)}

@@ -9,7 +9,7 @@ __all__ = ['quiet', 'load_model', 'output_folder']
 import os, torch
 from pathlib import Path
 from ..models.denoiser import Denoiser
-from ..worlds.embedded import EMBEDDED, model_path
+from ..worlds.world import model_path, world_of
 
 # %% ../../nbs/13_commands/03_load.ipynb #0083f35e
 def quiet():
@@ -30,7 +30,7 @@ def load_model(name:str, # `shapes`, a folder, or a name on the Hugging Face Hub
         raise ValueError(f'guidance: expected at least 1, found {guidance}')
     quiet()
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    model = Denoiser.from_pretrained(model_path(name), guidance or (1. if name in EMBEDDED else 5.), dtype)
+    model = Denoiser.from_pretrained(model_path(name), guidance or (1. if world_of(name) else 5.), dtype)
     if model.device.type == 'cpu': model.pipe.vae.to(memory_format=torch.channels_last)
     if lora: model.load_lora(lora, trainable=False)
     return model

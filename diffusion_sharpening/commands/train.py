@@ -23,7 +23,7 @@ from ..names.catalog import load_reward
 from ..training.callbacks import Alarms, Checkpoint, Log, Progress, Timer, Tracker
 from ..training.loop import settings, train as fit
 from ..training.plan import Plan
-from ..worlds.embedded import EMBEDDED
+from ..worlds.world import world_of
 
 # %% ../../nbs/13_commands/08_train.ipynb #eb0a6faa
 def picture_source(model, # `Denoiser`
@@ -98,12 +98,12 @@ def fine_tune(out:Path, # Folder of the run
     "One run from its settings to its report"
     if S_eval < 1: raise ValueError(f'S_eval: expected at least one sampler step, found {S_eval}')
     run, cfg = settings(method, preset, **changes)
-    if cfg.needs_images and not images and model not in EMBEDDED:
+    if cfg.needs_images and not images and not world_of(model):
         raise ValueError(f'images: {method} with branch {cfg.branch!r} learns from image-caption pairs; '
                          'name them with --images')
     texts = prompt_set(prompts, seed=run.seed)
     held = heldout_prompts(prompts, texts, heldout)
-    judge = load_reward(reward, model if model in EMBEDDED else None)
+    judge = load_reward(reward, getattr(world_of(model), 'name', None))
     d, latents = load_model(model, dtype=run.precision), None
     check_decode(d)
     if cfg.needs_images: texts, latents = picture_source(d, images or 'shapes', run.buckets)
