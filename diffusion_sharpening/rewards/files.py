@@ -17,8 +17,6 @@ def local_path(which, # Path of a file or folder, or a hub id `owner/name`
     "The path that `which` names, if it names one"
     path = Path(which).expanduser()
     if path.exists(): return path
-    if str(which) == 'shapes':
-        raise ValueError(f'{name}: the world shapes has no weights for it; name a folder or a hub id: {name}@FOLDER')
     file = re.search(r'\.(pth?|bin|safetensors|json|txt)$', str(which))
     if not file and re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', str(which)): return None
     raise ValueError(f'{name}: no such file or folder: {which}')

@@ -134,8 +134,6 @@ def checkpoint(which, # None, a hub id, a folder with ImageReward.pt, or the pat
                name:str # Of the reward, for errors
               )->Path: # The file; ValueError in one line
     "Find the published checkpoint, or another of its form"
-    if which == 'shapes': raise ValueError(f"{name}: there are no weights for the world 'shapes'; take "
-                                           f"'preference', or the published weights: {name}@{HUB}")
     return fetch(which or HUB, 'ImageReward.pt', name)
 
 def tokenizer_of(path:Path, # The checkpoint
@@ -266,8 +264,6 @@ def three_checkpoints(which, # None: comin/IterComp; or a hub id, or a folder wi
                       name:str # Of the reward, for errors
                      )->list: # Three paths, sorted; ValueError in one line
     "IterComp's reward models on disk"
-    if which == 'shapes': raise ValueError(f"{name}: there are no weights for the world 'shapes'; "
-                                           f'the published ones are {name}@{ITERCOMP}')
     folder = local_path(which or ITERCOMP, name)
     if folder is None:
         from huggingface_hub import snapshot_download

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 import torch
 from torch import Tensor
@@ -308,7 +309,7 @@ class MLLMGrader(Reward):
     name, differentiable, may_fail, slow = 'mllm', False, True, 16
 
     def __init__(self,
-        which:str=None, # `http://host:port/v1#model`, settings after a `?`; `shapes`: the embedded grader
+        which:str=None, # `http://host:port/v1#model`, settings after a `?`; or the folder of a model, served here
         settings:Settings=None, # How to ask; what `which` says counts more
         weights:dict=None, # Aspect → weight; None: all alike
         request:dict=None # Added to what is sent; None as a value removes a field, e.g. `temperature`
@@ -317,19 +318,19 @@ class MLLMGrader(Reward):
         w = list(self.weights.values())
         if not set(self.weights) <= set(ASPECTS) or min(w) < 0 or not 0 < sum(w) < math.inf:
             raise ValueError(f"mllm: weights: expected numbers for {', '.join(ASPECTS)}, found {weights}")
-        given = {} if which == 'shapes' else place(which)[2]
+        given = {} if which and Path(which).is_dir() else place(str(which or ''))[2]
         self.s = replace(settings or Settings(), **given)
         Budget(self.s.budget, self.s.price_in, self.s.price_out)
         self.kept = Cache(self.s.cache) if self.s.cache else None
         self.counts, self.barren, self.chat = Counter(), 0, None
 
     def start(self):
-        "Know the server; the embedded grader is started and runs until Python ends"
+        "Know the server; one for a folder is started here and runs until Python ends"
         if self.chat: return
-        which = self.which
-        if which == 'shapes':
+        which = str(self.which)
+        if Path(which).is_dir():
             from diffusion_sharpening.rewards.local_grader import serve
-            stack = ExitStack(); which = stack.enter_context(serve()); atexit.register(stack.close)
+            stack = ExitStack(); which = stack.enter_context(serve(which)); atexit.register(stack.close)
         url, model, _ = place(which)
         self.chat = Chat(url, model, self.s, self.request)
 
