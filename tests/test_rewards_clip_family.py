@@ -17,6 +17,8 @@ from diffusion_sharpening.rewards.clip import (
     CLIPScore, find_clip, load_clip, new_model, preprocess, read_clip)
 from diffusion_sharpening.rewards.human import HPS, PickScore
 
+CLIP = weights('shapes-clip')
+
 root = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -75,11 +77,11 @@ def test_a_head_with_another_checksum_is_fetched_again(tmp_path, monkeypatch):
 def test_towers_are_shared_and_let_go(tmp_path):
     gc.collect(); clip._towers.clear()
     g = torch.Generator().manual_seed(0)
-    a = CLIPScore(weights('shapes-clip'))
-    b = fit_aesthetic(tmp_path, torch.rand(8, 3, 64, 64, generator=g), torch.rand(8, generator=g), weights('shapes-clip'))
-    c = CLIPScore(weights('shapes-clip'), scale=100)
+    a = CLIPScore(CLIP)
+    b = fit_aesthetic(tmp_path, torch.rand(8, 3, 64, 64, generator=g), torch.rand(8, generator=g), CLIP)
+    c = CLIPScore(CLIP, scale=100)
     assert a.tower is b.tower is c.tower and len(clip._towers) == 1
-    assert read_clip(weights('shapes-clip')) is not a.tower and load_clip(weights('shapes-clip'), resize_mode='squash') is not a.tower
+    assert read_clip(CLIP) is not a.tower and load_clip(CLIP, resize_mode='squash') is not a.tower
     del a, b, c; gc.collect()
     assert not len(clip._towers)
 
@@ -87,7 +89,7 @@ def test_towers_are_shared_and_let_go(tmp_path):
 def test_mixture_of_two_rewards_on_one_tower(tmp_path):
     g = torch.Generator().manual_seed(0)
     x = torch.rand(3, 3, 64, 64, generator=g)
-    fit_aesthetic(tmp_path/'head', x.repeat(2, 1, 1, 1), torch.rand(6, generator=g), weights('shapes-clip'))
+    fit_aesthetic(tmp_path/'head', x.repeat(2, 1, 1, 1), torch.rand(6, generator=g), CLIP)
     both = load_reward(f"clip@shapes:2,aesthetic@{tmp_path/'head'}:.5")
     one, two = both.rewards
     assert one.tower is two.tower
@@ -95,7 +97,7 @@ def test_mixture_of_two_rewards_on_one_tower(tmp_path):
 
 
 def test_text_cache_serves_training_after_inference_mode():
-    r, x = CLIPScore(weights('shapes-clip')), torch.rand(1, 3, 64, 64)
+    r, x = CLIPScore(CLIP), torch.rand(1, 3, 64, 64)
     r.tower.texts.clear()
     with torch.inference_mode(): r(x, ['a red star'])
     x.requires_grad_(); r(x, ['a red star']).sum().backward()

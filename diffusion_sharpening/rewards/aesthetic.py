@@ -63,7 +63,8 @@ class Aesthetic(Reward):
         path = laion_head() if which is None else fetch(which, 'aesthetic.safetensors', 'aesthetic')
         note = path.with_name('aesthetic.json')
         own = json.loads(note.read_text()) if path.name == 'aesthetic.safetensors' and note.exists() else {}
-        self.tower = load_clip(tower or tower_of(own, path.parent) or 'ViT-L-14-quickgelu/openai', 'aesthetic')
+        tower_is = tower or tower_of(own, path.parent) or 'ViT-L-14-quickgelu/openai'
+        self.tower = load_clip(tower_is, 'aesthetic')
         if not tower and own.get('sha256'): same_tower(own, path.parent)
         self.w, self.b = collapse(read_state(path, 'aesthetic'))
         d = self.tower.text(['a']).shape[1]
@@ -86,8 +87,8 @@ def same_tower(note:dict, # `aesthetic.json`
               )->None: # ValueError if the tower has changed since
     "Check that a head's tower has the weights it was fitted to"
     if digest(find_clip(tower_of(note, folder), 'aesthetic')[2]) != note['sha256']:
-        raise ValueError(f"aesthetic: tower {note['tower']!r} was trained again since the head in {folder} was "
-                         'fitted; fit it again (fit_aesthetic)')
+        raise ValueError(f"aesthetic: tower {note['tower']!r} was trained again since the head in {folder} "
+                         'was fitted; fit it again (fit_aesthetic)')
 
 # %% ../../nbs/04_rewards/05_aesthetic.ipynb #ee76207e
 def fit_aesthetic(

@@ -309,7 +309,7 @@ class MLLMGrader(Reward):
     name, differentiable, may_fail, slow = 'mllm', False, True, 16
 
     def __init__(self,
-        which:str=None, # `http://host:port/v1#model`, settings after a `?`; or the folder of a model, served here
+        which:str=None, # `http://host:port/v1#model`, settings after a `?`; or a model's folder, served here
         settings:Settings=None, # How to ask; what `which` says counts more
         weights:dict=None, # Aspect → weight; None: all alike
         request:dict=None # Added to what is sent; None as a value removes a field, e.g. `temperature`
