@@ -86,6 +86,7 @@ def load_reward(spec:str, # `name`, `name@weights`, `module:function`, `name:wei
     made = [_load(p.name, p.forced, weights_of(p.name, p.which, world), train) for p in parts]
     return made[0] if len(made) == 1 and parts[0].weight == 1 else Combined(made, [p.weight for p in parts], how)
 
+# %% ../../nbs/06_names/02_catalog.ipynb #ea99b8cf
 def _load(name, forced, which, train):
     e = entry(name)
     if e.exam and train and not forced:

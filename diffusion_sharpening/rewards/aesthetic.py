@@ -75,6 +75,7 @@ class Aesthetic(Reward):
         "Ratings `(B,)`, about 1 to 10 for LAION's head"
         return self.tower.image(images)@self.w.to(images.device) + self.b.to(images.device)
 
+# %% ../../nbs/04_rewards/05_aesthetic.ipynb #31a4ba6f
 def tower_of(note:dict, # `aesthetic.json`
              folder # It came from
             )->str: # As for `find_clip`; None where the note names none
@@ -82,6 +83,7 @@ def tower_of(note:dict, # `aesthetic.json`
     path = Path(folder)/note.get('tower', '')
     return str(path) if note.get('tower') and path.is_dir() else note.get('tower')
 
+# %% ../../nbs/04_rewards/05_aesthetic.ipynb #44be4adf
 def same_tower(note:dict, # `aesthetic.json`
                folder # It came from
               )->None: # ValueError if the tower has changed since

@@ -81,6 +81,7 @@ def image(self:Tower,
     self.model.to(images.device)
     return F.normalize(self.encode_image(preprocess(images, self.cfg)).float(), dim=-1)
 
+# %% ../../nbs/04_rewards/03_clip.ipynb #119c605a
 @patch
 def text(self:Tower,
          prompts:list, # `B` texts

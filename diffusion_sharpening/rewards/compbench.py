@@ -38,6 +38,7 @@ def read_sets(path, # Folder of prompt files, such as the benchmark's `examples/
         raise ValueError(f'prompt sets: expected files such as {min(files.values())} in {path}, found none')
     return out
 
+# %% ../../nbs/04_rewards/10_compbench.ipynb #418ff491
 def _lines(file):
     rows = [l.strip() for l in file.read_text(encoding='utf-8-sig').splitlines()]
     if not any(rows): raise ValueError(f'prompt sets: {file} is empty')
@@ -78,6 +79,7 @@ def _two(rng, attributes):
     (p, q), (a, b) = rng.sample(attributes, 2), rng.sample(_THINGS, 2)
     return f'{_a(p)} {a} and {_a(q)} {b}'
 
+# %% ../../nbs/04_rewards/10_compbench.ipynb #06aa8d14
 def _complex(rng, kind):
     (p, q), (u, v) = rng.sample(_COLOURS, 2), (rng.choice(_STUFFS), rng.choice(_FORMS))
     a, b = rng.sample(_THINGS, 2); who, beast = rng.choice(_PEOPLE), rng.choice(_BEASTS)
@@ -98,6 +100,7 @@ def _draw(rng, category):
     kind = rng.choice(KINDS)
     return _complex(rng, kind), kind
 
+# %% ../../nbs/04_rewards/10_compbench.ipynb #c8dcf72d
 def make_sets(n:int=300, # Prompts per category (the benchmark has 300 in `val` and 700 in `train`)
               split:str='val', # `train` or `val`
               seed:int=0 # Same seed, same prompts
@@ -124,6 +127,7 @@ def same(prompt:str # A prompt
     "Lower case, up to the first full stop"
     return prompt.strip().split('.')[0].lower()
 
+# %% ../../nbs/04_rewards/10_compbench.ipynb #43452ec3
 def kinds_of(sets:dict # Prompt sets
             )->dict: # Complex prompt, as `same` has it → `spatial`, `action` or `spatialaction`
     "The kind of each complex prompt"
@@ -131,6 +135,7 @@ def kinds_of(sets:dict # Prompt sets
     texts = map(same, sets.get('complex', []))
     return {p: next((k for k in lists if p in lists[k]), KINDS[2]) for p in texts}
 
+# %% ../../nbs/04_rewards/10_compbench.ipynb #46f2f6e6
 def three_in_one(kind:str, # One of `KINDS`
                  attribute, # Scores of the attribute judge
                  spatial, # Of the spatial judge
@@ -170,6 +175,7 @@ def judges(attribute:str=None, # Weights of `BlipVQA`; None: the published ones
     from diffusion_sharpening.rewards.spatial import Spatial
     return dict(attribute=BlipVQA(attribute), spatial=Spatial(spatial), action=CLIPScore(action))
 
+# %% ../../nbs/04_rewards/10_compbench.ipynb #1696e6e7
 JUDGE = dict(color='attribute', shape='attribute', texture='attribute',
              spatial='spatial', non_spatial='action')
 
@@ -229,6 +235,7 @@ def by_category(scores:Tensor, # Of pictures, `(B,)`
                          mean=sum(every)/len(every), error=error))
     return rows
 
+# %% ../../nbs/04_rewards/10_compbench.ipynb #b67833b6
 def table(rows:list # From `by_category`
          )->str: # Markdown
     "The rows as a table"

@@ -22,6 +22,7 @@ def _healthy(url):
     try: return direct.open(url, timeout=2).status == 200
     except OSError: return False
 
+# %% ../../nbs/04_rewards/12_local_grader.ipynb #16aebc3f
 def _await(p, url, log, seconds):
     "Wait until a server answers; a ValueError tells what it wrote last where it does not"
     end = time.time() + seconds
@@ -31,6 +32,7 @@ def _await(p, url, log, seconds):
         how = f'no answer within {seconds:g} s' if p.poll() is None else f'it ended with {p.returncode}'
         raise ValueError(f'transformers serve: {how}; it wrote: {lines[-1][:200]}')
 
+# %% ../../nbs/04_rewards/12_local_grader.ipynb #3ce5b8bf
 @contextmanager
 def serve(folder, # Of an image-text-to-text model
           wait:float=600. # Seconds it may take to start

@@ -43,6 +43,7 @@ def ranked(prompt:str, # What all pictures were made for
     "Pairs of a ranking"
     return [(prompt, a, b) for a, b in itertools.combinations(pictures, 2)]
 
+# %% ../../nbs/04_rewards/13_preference.ipynb #730aada5
 def opened(picture # Tensor `(3, H, W)` (float in [0, 1] or uint8), PIL image or path
           )->Tensor: # `(3, H, W)`, float in [0, 1]
     "A picture of a pair as a tensor"
@@ -110,6 +111,7 @@ def _tokens(clip, x, ids):
                                    image_output_fmt='NLC')
     return o['image_intermediates'][-1], o['text_intermediates'][-1], o['image_features']*o['text_features']
 
+# %% ../../nbs/04_rewards/13_preference.ipynb #ebee5f39
 def new_scorer(tower:Tower, # With its own CLIP
                **head # `width`, `layers`, `heads` of the `Judge`
               )->Scorer: # Its scores begin as a multiple of the CLIP score
@@ -175,6 +177,7 @@ def wilson(wins:float, # Of `n`
     half = z*math.sqrt(p*(1-p)/n + w/(4*n))
     return dict(accuracy=p, low=(p + w/2 - half)/(1+w), high=(p + w/2 + half)/(1+w), n=n)
 
+# %% ../../nbs/04_rewards/13_preference.ipynb #e248dd26
 def pair_accuracy(reward:Reward, # Any
                   pairs:list, # Not trained on
                   chunk:int=64 # Pairs at once, where pictures have one size

@@ -23,6 +23,7 @@ def data_dir()->Path: # ValueError if there is none
                          'or set DIFFUSION_SHARPENING_DATA to its data folder')
     return d
 
+# %% ../../nbs/05_worlds/02_embedded.ipynb #8528f6fa
 def weights(name:str # A folder in `data/`, e.g. `shapes-clip`
            )->Path: # ValueError names what is there
     "The folder of embedded weights called `name`"
@@ -32,11 +33,13 @@ def weights(name:str # A folder in `data/`, e.g. `shapes-clip`
         raise ValueError(f'embedded weights: no folder {name!r} in {data}; there are: {there}')
     return d
 
+# %% ../../nbs/05_worlds/02_embedded.ipynb #23160c9b
 def model_path(name:str # `shapes`, a folder, or a name on the Hugging Face Hub
               )->str: # What `Denoiser.from_pretrained` takes
     "Turn the name of an embedded model into its folder; other names stay as they are"
     return str(weights(EMBEDDED[name])) if name in EMBEDDED else str(name)
 
+# %% ../../nbs/05_worlds/02_embedded.ipynb #25c63ec9
 def judge_path(world:str, # Its name
                reward:str # Name of a reward
               )->str: # Folder of its weights; ValueError if the world has none for it

@@ -52,7 +52,7 @@ def main():
     vae = AutoencoderKL.from_pretrained(weights('shapes-sdxl')/'vae').eval()
     pairs = choices(args.pairs, work, vae)
     drawn = time.time()
-    clip = digest(find_clip(weights('shapes-clip'))[2])
+    small = CLIPScore(weights('shapes-clip')); clip = digest(find_clip(weights('shapes-clip'))[2])
     state = work/f'state-{clip[:8]}-{args.pairs}-{args.steps}'        # a CLIP trained again starts a new run
     judge = fit_preference(pairs, out/'shapes-preference', out/'shapes-clip', steps=args.steps, state=state)
     fitted = time.time()
@@ -64,7 +64,7 @@ def main():
         command=f'python nbs/_dev/preference_weights.py --pairs {args.pairs} --steps {args.steps}',
         machine=platform.processor() or platform.machine(), torch=torch.__version__, threads=1, clip_sha256=clip,
         possible=torch.maximum(prob, 1-prob).mean().item(),
-        held_out_captions={r.name: pair_accuracy(r, held) for r in (judge, CLIPScore(weights('shapes-clip')))},
+        held_out_captions={r.name: pair_accuracy(r, held) for r in (judge, small)},
         held_out_prompts_of_training=judge.note['held_out'], checker=with_checker(judge, held[:240]),
         aesthetic=dict(rank_correlation_with_ratings=rank_correlation(taste(new, texts), true),
                        checker=with_checker(taste, held[:240])),
