@@ -9,7 +9,7 @@ transformers = pytest.importorskip('transformers')
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms import functional as TF
-from diffusion_sharpening.worlds.embedded import weights
+from diffusion_sharpening.worlds.world import weights
 from diffusion_sharpening.rewards import aesthetic, clip, human
 from diffusion_sharpening.rewards.aesthetic import Aesthetic, fit_aesthetic
 from diffusion_sharpening.names.catalog import load_reward

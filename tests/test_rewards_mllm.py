@@ -219,7 +219,7 @@ def served():
     "The embedded grader behind `transformers serve`"
     for m in ('fastapi', 'uvicorn'): pytest.importorskip(m)
     from diffusion_sharpening.rewards.local_grader import serve
-    from diffusion_sharpening.worlds.embedded import weights
+    from diffusion_sharpening.worlds.world import weights
     with serve(weights('shapes-grader')) as which: yield which
 
 

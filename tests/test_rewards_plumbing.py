@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest, torch
 from PIL import Image
 
-from diffusion_sharpening.worlds.embedded import weights
+from diffusion_sharpening.worlds.world import weights
 from diffusion_sharpening.maths.choice import pair, standardise, tied
 from diffusion_sharpening.rewards.mixture import Mixture
 from diffusion_sharpening.rewards.protocol import Reward, RewardError

@@ -6,7 +6,7 @@ import pytest, torch
 open_clip = pytest.importorskip('open_clip')
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from diffusion_sharpening.worlds.embedded import weights
+from diffusion_sharpening.worlds.world import weights
 from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.rewards.clip import read_clip
 from diffusion_sharpening.rewards.preference import (

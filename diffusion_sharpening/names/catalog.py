@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from .grammar import parse_spec
 from ..rewards.mixture import Combined
 from ..rewards.protocol import Reward
-from ..worlds.embedded import JUDGES, judge_path
+from ..worlds.world import WORLDS, weights
 
 # %% ../../nbs/06_names/02_catalog.ipynb #a1fe87c8
 @dataclass(frozen=True)
@@ -72,9 +72,15 @@ def weights_of(name:str, # A name in `USES`
                world:str=None # Whose weights are meant where `which` is None
               )->str: # What the reward is made with; None: its published weights
     "Turn the name of a world into the folder of its weights"
-    base, mark, rest = str(which or '').partition('#')
-    if which is None: return judge_path(world, name) if name in JUDGES.get(world, ()) else None
-    return judge_path(base, name) + mark + rest if base in JUDGES else which
+    if which is None: return _of_world(world, name) if world and name in WORLDS[world].judges else None
+    base, mark, rest = str(which).partition('#')
+    return _of_world(base, name) + mark + rest if base in WORLDS else which
+
+def _of_world(world, name):
+    judges = WORLDS[world].judges
+    if name in judges: return str(weights(judges[name]))
+    raise ValueError(f'{name}: the world {world} has no weights for it, only for '
+                     f"{', '.join(judges)}; name a folder or a hub id: {name}@FOLDER")
 
 # %% ../../nbs/06_names/02_catalog.ipynb #2d88d4e5
 def load_reward(spec:str, # `name`, `name@weights`, `module:function`, `name:weight,name:weight…`, `borda(…)`

@@ -35,7 +35,7 @@ def main():
     import torch
     from diffusion_sharpening.commands import cli
     from diffusion_sharpening.rewards.local_grader import serve
-    from diffusion_sharpening.worlds.embedded import weights
+    from diffusion_sharpening.worlds.world import weights
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as d, serve(weights('shapes-grader'), wait=1200) as which:
         start = time.time()

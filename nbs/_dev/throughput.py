@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from diffusion_sharpening.names.catalog import load_reward
-from diffusion_sharpening.worlds.embedded import weights
+from diffusion_sharpening.worlds.world import weights
 
 root = Path(__file__).resolve().parents[2]
 pkg = 'diffusion_sharpening.rewards.'
