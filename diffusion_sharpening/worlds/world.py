@@ -54,7 +54,7 @@ def weights(name:str # A folder of embedded weights, e.g. `shapes-clip`
         if (d/name).is_dir(): return d/name
     there = sorted({p.name for d in found for p in d.iterdir() if p.is_dir()})
     raise ValueError(f"embedded weights: no folder {name!r} in {' or '.join(map(str, weight_folders()))}; "
-                     f"there are: {', '.join(there) or 'none'}. DIFFUSION_SHARPENING_DATA names another place")
+                     f"there are: {', '.join(there) or 'none'}; DIFFUSION_SHARPENING_DATA names others")
 
 # %% ../../nbs/05_worlds/01_world.ipynb #c66ece0a
 def _shapes_pairs(n, seed=0):
