@@ -10,6 +10,7 @@ import json, os, shutil, tempfile, torch
 from pathlib import Path
 from ..models.policies import lora_file, read_lora
 from ..basics.words import one_of
+from ..evaluation.tables import changes
 from ..models.counting import anatomy
 from ..basics.seeds import START, noise
 
@@ -124,9 +125,9 @@ def _report(run_dir):
         raise ValueError(f'run: expected the report.json of a training in {run_dir} ({e})') from None
 
 def export(
-    run_dir, # Folder of a training: `report.json` and the LoRA
+    run_dir:str, # Folder of a training: `report.json` and the LoRA
     layout:str='kohya', # diffusers, or kohya (also ComfyUI and A1111)
-    out=None, # File or folder; None: beside the run's own file
+    out:str=None, # File or folder; None: beside the run's own file
     model:str=None # The model it belongs to; None: as the report says
 )->Path: # The file
     "Write the LoRA of a run for other tools"
@@ -152,12 +153,7 @@ def _front(rep, full):
 
 def _results(rep):
     if not rep.get('delta'): return ['Nothing was measured on held-out prompts.']
-    def line(name, b, a, d):
-        change = f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
-        return f"| {name} | {b['mean']:.3f} | {a['mean']:.3f} | {change} |"
-    sides = [rep[k] for k in ('before', 'after', 'delta')]
-    rows = [line(f"reward ({rep['reward']})", *(o['reward'] for o in sides))]
-    rows += [line(f'checker, {k}', *(o['checker'][k] for o in sides)) for k in sides[0].get('checker', {})]
+    rows = [f'| {" | ".join(row)} |' for row in changes(rep)]
     return [f"{rep['heldout_prompts']} held-out prompts, the same seeds before and after; 95 % intervals of the "
             'change. The reward was trained on.', '',
             '| | before | after | change |', '|---|---|---|---|', *rows]
@@ -197,7 +193,7 @@ def _gather(run_dir, repo, dir):
     (dir/'report.json').write_text(json.dumps(rep, indent=1)+'\n')
 
 def push(
-    run_dir, # Folder of a training
+    run_dir:str, # Folder of a training
     repo:str, # owner/name on the Hugging Face Hub
     dry_run:bool=False, # Only say what would be uploaded
     private:bool=True # Visible to its owner only, until that is changed there

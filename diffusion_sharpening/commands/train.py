@@ -9,7 +9,7 @@ __all__ = ['picture_source', 'prompts_digest', 'callbacks', 'write_results', 'st
 import hashlib, json, time
 from dataclasses import asdict
 from pathlib import Path
-from .heldout import heldout_prompts, judges
+from .heldout import check_judges, heldout_number, heldout_prompts, judges
 from .interchange import check_decode
 from .load import load_model, output_folder
 from .options import read_config
@@ -18,7 +18,8 @@ from .report import compared, suspicions, watched
 from ..data.latents import Latents, latents_dir
 from ..data.pictures import image_pairs
 from ..data.tables import prompt_set, shapes_pairs
-from ..evaluation.measure import before_after, curve, evaluate
+from ..evaluation.figures import before_after, curve
+from ..evaluation.measure import evaluate
 from ..names.catalog import load_reward
 from ..training.callbacks import Alarms, Checkpoint, Log, Progress, Timer, Tracker
 from ..training.loop import settings, train as fit
@@ -92,7 +93,8 @@ def started_with(folder, # Of a run
 def fine_tune(out:Path, # Folder of the run
               resume:bool, # Go on from its newest checkpoint?
               method:str, model:str, reward:str, prompts:str, images:str, preset:str, # As for `train`
-              heldout:int, S_eval:int, tracker:str, # As for `train`
+              heldout:int, heldout_from:str, S_eval:int, tracker:str, # As for `train`
+              px:int, guidance:float, variant:str, vae:str, # As for `train`
               changes:dict # Settings of the method or the run
              )->dict: # The report
     "One run from its settings to its report"
@@ -101,30 +103,34 @@ def fine_tune(out:Path, # Folder of the run
     if cfg.needs_images and not images and not world_of(model):
         raise ValueError(f'images: {method} with branch {cfg.branch!r} learns from image-caption pairs; '
                          'name them with --images')
-    texts = prompt_set(prompts, seed=run.seed)
-    held = heldout_prompts(prompts, texts, heldout)
+    n = heldout_number(heldout, model)
+    texts, held, split = heldout_prompts(prompts, prompt_set(prompts, seed=run.seed), n, heldout_from)
     judge = load_reward(reward, getattr(world_of(model), 'name', None))
-    d, latents = load_model(model, dtype=run.precision), None
+    d, latents = load_model(model, guidance, None, run.precision, px, variant, vae), None
     check_decode(d)
     if cfg.needs_images: texts, latents = picture_source(d, images or 'shapes', run.buckets)
-    exam, t0 = judges(judge, held or texts[:1]), time.time()
+    exam, t0 = judges(judge, held or texts[:1], model), time.time()
+    check_judges(exam, held or texts, d)
+    if held: print(f'measured on {len(held)} prompts: {split}')
     before = evaluate(d, held, exam, S_eval) if held else None
     about = dict(method=method, model=model, reward=reward, images=images, prompts=prompts_digest(texts))
     plan = Plan(method, f'{method} ({preset}) of {Path(model).name}')
-    beside = callbacks(out, about, exam.get('checker'), tracker, resume, plan)
+    other = next((r for k, r in exam.items() if k != judge.name), None)
+    beside = callbacks(out, about, other, tracker, resume, plan)
     out.mkdir(parents=True, exist_ok=True)
     asked = dict(method=method, model=model, reward=reward, prompts=prompts, images=images, preset=preset,
-                 heldout=heldout, S_eval=S_eval, tracker=tracker, changes=changes)
+                 heldout=heldout, heldout_from=heldout_from, S_eval=S_eval, tracker=tracker, px=px,
+                 guidance=guidance, variant=variant, vae=vae, changes=changes)
     (out/'run.json').write_text(json.dumps(asked, indent=1)+'\n')
     s = fit(d, method, judge, texts, run, cfg, latents, beside)
     if s.stop: return stopped(out, method, s)
     after = evaluate(d, held, exam, S_eval) if held else None
-    rep = dict(method=method, preset=preset, model=model, reward=reward, seed=run.seed, steps=run.steps,
+    rep = dict(method=method, preset=preset, model=model, reward=reward, judge=judge.name, seed=run.seed, steps=run.steps,
                seconds=round(time.time()-t0, 1), seconds_training=round(s.seconds, 1),
                settings=dict(run=asdict(run), method=asdict(cfg)), guidance=d.guidance,
                prompts_sha256=about['prompts'], batches=s.k, nfe_training=s.nfe, skipped=s.skipped,
-               heldout_prompts=len(held))
-    if held: rep |= compared(before, after, judge.name)
+               heldout_prompts=len(held), heldout_from=split, out=str(out))
+    if held: rep |= compared(before, after)
     rep['alarms'] = dict(watched=watched(s.history), rang=suspicions(before, after, judge.name) if held else [])
     rep['judges'] = {r.name: r.report() for r in getattr(judge, 'rewards', [judge]) if hasattr(r, 'report')}
     if s.rank == 0: write_results(out, d, rep | provenance(), s.history, before, after, run.rank > 0)
@@ -147,14 +153,19 @@ def train(
     prompts:str='shapes', # `shapes`, a file (txt, jsonl, csv, parquet; FILE:COLUMN), or hf:owner/name:column
     out:str='runs/latest', # Folder for weights, checkpoints, log, pictures and report
     preset:str='default', # Preset of the method
-    heldout:int=240, # Prompts of the evaluation before and after; 0: none
+    heldout:int=None, # Prompts of the evaluation before and after; 0: none; None: 240 for embedded models, 24 for others
+    heldout_prompts:str=None, # File or hf:… of held-out prompts; None: captions of their own for shapes, otherwise split from --prompts
     S_eval:int=20, # Sampler steps of the evaluation
     tracker:str=None, # Tracker of accelerate: tensorboard, wandb, …
+    px:int=None, # Side of the pictures in pixels; None: what the model was made for
+    guidance:float=None, # Classifier-free guidance; None: none for embedded models, 5 for others
+    variant:str=None, # Variant of the model's files, e.g. fp16
+    vae:str=None, # Folder or name of a cheaper autoencoder for scoring
     images:str=None, # Pairs for methods that learn from pictures: folder, file or hf:owner/name; None: of Shapes
     resume:str=None, # Go on with the run in this folder, with the settings it was started with
     **changes # Settings of the method or the run
 )->dict: # The report, as written to `out/report.json`; a run that was asked to stop only says where it is
     "Fine-tune a model and report what changed"
     if resume: return fine_tune(output_folder(resume), True, **started_with(resume, method, changes))
-    return fine_tune(output_folder(out), False, method, model, reward, prompts, images, preset, heldout, S_eval,
-                     tracker, changes)
+    return fine_tune(output_folder(out), False, method, model, reward, prompts, images, preset, heldout,
+                     heldout_prompts, S_eval, tracker, px, guidance, variant, vae, changes)
