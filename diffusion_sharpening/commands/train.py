@@ -123,13 +123,15 @@ def fine_tune(out:Path, # Folder of the run
     s = fit(d, method, judge, texts, run, cfg, latents, beside)
     if s.stop: return stopped(out, method, s)
     after = evaluate(d, held, exam, S_eval) if held else None
-    rep = dict(method=method, preset=preset, model=model, reward=reward, judge=judge.name, seed=run.seed, steps=run.steps,
+    rep = dict(method=method, preset=preset, model=model, reward=reward, judge=judge.name,
+               seed=run.seed, steps=run.steps,
                seconds=round(time.time()-t0, 1), seconds_training=round(s.seconds, 1),
                settings=dict(run=asdict(run), method=asdict(cfg)), guidance=d.guidance,
                prompts_sha256=about['prompts'], batches=s.k, nfe_training=s.nfe, skipped=s.skipped,
                heldout_prompts=len(held))
     if held: rep |= compared(before, after)
-    rep['alarms'] = dict(watched=watched(s.history), rang=suspicions(before, after, judge.name) if held else [])
+    rang = suspicions(before, after, judge.name) if held else []
+    rep['alarms'] = dict(watched=watched(s.history), rang=rang)
     rep['judges'] = {r.name: r.report() for r in getattr(judge, 'rewards', [judge]) if hasattr(r, 'report')}
     if s.rank == 0: write_results(out, d, rep | provenance(), s.history, before, after, run.rank > 0)
     return rep
