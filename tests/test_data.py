@@ -67,11 +67,11 @@ BROKEN = {
     'null prompt': ('p.jsonl', '{"prompt": null}', '', ['row 1', 'found None']),
     'number as prompt': ('p.jsonl', '{"prompt": 3}', '', ['found 3']),
     'missing in a row': ('p.jsonl', '{"prompt": "a"}\n{"caption": "b"}', '', ['row 2', 'found None']),
-    'unquoted comma': ('p.csv', 'id,prompt\n1,a, b\n', '', ['row 1', 'expected 2 fields', 'found 3', 'quote']),
+    'unquoted comma': ('p.csv', 'kind,prompt\n1,a, b\n', '', ['row 1', 'expected 2 fields', 'found 3', 'quote']),
     'short row': ('p.csv', 'id,prompt\n1\n', '', ['row 1', 'found 1']),
-    'bad quotes': ('p.csv', 'prompt\n"a" b\n', '', ['expected CSV']),
+    'bad quotes': ('p.csv', 'prompt\n"a" b\n', '', ['row 1', 'expected whole cells']),
     'nothing': ('p.csv', '', '', ['found none']), 'header only': ('p.csv', 'prompt\n', '', ['holds no prompt']),
-    'not UTF-8': ('p.txt', b'caf\xe9\n', '', ['is not UTF-8']),
+    'not UTF-8': ('p.txt', b'caf\xe9\n', '', ['p.txt, line 1', 'expected UTF-8', '0xe9', "'é'"]),
     'empty folder': ('d/README.md', 'x', 'd', ['expected files ending in', 'found README.md']),
     'no such split': ('d/train.jsonl', jsonl('prompt'), 'd@test', ["the split 'test'", 'train.jsonl'])}
 
@@ -235,7 +235,7 @@ BAD_PAIRS = {
     'no pictures': (lambda d: write(d/'README.md', 'x').parent, ['no pictures among 1 files']),
     'empty folder': (lambda d: d.mkdir() or d, ['no pictures among 0 files']),
     'no captions': (lambda d: write(d/'a.png', BYTES[0]).parent, ['found 1 pictures without captions']),
-    'caption missing': (lambda d: change(d, lambda d: (d/'3.txt').unlink()), ['3.png', 'in 3.txt beside it']),
+    'caption missing': (lambda d: change(d, lambda d: (d/'3.txt').unlink()), ['expected a .txt beside', 'none for 1 of 5: 3.png']),
     'empty caption': (lambda d: change(d, lambda d: write(d/'3.txt', ' \n')), ['3.txt', 'expected a text']),
     'picture missing': (lambda d: change(d, lambda d: write(d/'metadata.csv', 'file_name,text\n9.png,a\n')), ['row 1', 'found no file 9.png']),
     'empty in table': (lambda d: change(d, lambda d: write(d/'metadata.csv', 'file_name,text\n1.png,\n')), ['row 1', "expected a text in 'text'"]),

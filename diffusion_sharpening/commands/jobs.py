@@ -130,6 +130,7 @@ def _images(model, source, run): # Captions and latents for methods that learn f
         return texts, model.latents(ims, chunk=32)
     step = model.pipe.vae_scale_factor*2**(len(model.policies.net.config.block_out_channels)-1)
     ps = image_pairs(source, model.size[0] if run.buckets else model.size, run.buckets, step)
+    ps.check()
     return ps.captions, Latents(ps, model, latents_dir())
 
 def train(
