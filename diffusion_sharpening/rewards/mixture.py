@@ -31,6 +31,7 @@ def borda(R:Tensor # Scores `(…, n, B)`; NaN: none
     _missing(R)
     return (R.unsqueeze(-2) - R.unsqueeze(-3)).sign().nansum(-2)
 
+# %% ../../nbs/04_rewards/14_mixture.ipynb #28903098
 def rank(R:Tensor # Scores `(…, n, B)`; NaN: none
         )->Tensor: # Same shape, in [0, 1]
     "Share of the group that a candidate beats; ties count half"
@@ -79,6 +80,10 @@ class Mixture(Reward):
     def score(self, images, prompts):
         "Weighted sum of the raw scores, `(B,)`"
         return torch.stack([w*r(images, prompts) for r, w in zip(self.rewards, self.weights)]).sum(0)
+    def identity(self):
+        "The identities of the parts, their weights, and how they are combined"
+        parts, how = [r.identity() for r in self.rewards], getattr(self, 'how', 'sum')
+        return dict(name=self.name, parts=parts, weights=self.weights.tolist(), how=how)
 
 # %% ../../nbs/04_rewards/14_mixture.ipynb #eacc93f7
 def group_scores(
@@ -96,6 +101,7 @@ def group_scores(
     R = torch.stack([one(r) for r in reward.rewards])
     return neutral(combine(R, reward.weights, getattr(reward, 'how', 'zscore')))
 
+# %% ../../nbs/04_rewards/14_mixture.ipynb #2465ac85
 class Combined(Mixture):
     "Rewards that training compares by `how`; called like any reward it gives the weighted sum of raw scores"
     def __init__(self,
