@@ -15,7 +15,7 @@ from ..basics.words import one_of
 from ..maths.samplers import flow_grid, time_grid
 from ..basics.seeds import START, noise
 from ..maths.rollout import rollout
-from .autoencoder import decoded, encoded, keep_in_range
+from .vae import decoded, encoded, keep_in_range
 from .cond import Cond, Features
 from .families import family_of
 from .loading import dtype_of, load_pipeline, load_vae
