@@ -1,4 +1,4 @@
-"Where measurements are written: data/results/NAME.json, always with the command, the commit, hardware and versions"
+"Where measurements are written: data/results/NAME.json, with the command, the commit, hardware and versions"
 import shlex, subprocess, sys
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +12,9 @@ def command(argv=None):
     "The command of this process, as it is typed at the top of the repository"
     script, *args = argv or sys.argv
     path = Path(script).resolve()
-    if path.parent.name == 'pytest' or path.name == 'pytest': return shlex.join(['python', '-m', 'pytest', *args])
-    return shlex.join(['python', path.relative_to(root).as_posix() if path.is_relative_to(root) else script, *args])
+    if 'pytest' in (path.name, path.parent.name): how = ['-m', 'pytest']
+    else: how = [path.relative_to(root).as_posix() if path.is_relative_to(root) else script]
+    return shlex.join(['python', *how, *args])
 
 def clean():
     "Whether every file but the results is as committed; None where there is no git"
@@ -24,8 +25,9 @@ def clean():
 
 def origin(*packages):
     "What every file of results says of itself; versions of more `packages` where they matter"
-    said = provenance() | dict(git_clean=clean())
-    return dict(command=command()) | said | dict(versions=said['versions'] | {p: version(p) for p in packages})
+    said = provenance()
+    more = {p: version(p) for p in packages}
+    return dict(command=command()) | said | dict(git_clean=clean(), versions=said['versions'] | more)
 
 def write(name, numbers, packages=(), into=folder):
     "Write `numbers` as data/results/NAME.json, print and return what is in it"
