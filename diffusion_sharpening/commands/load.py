@@ -43,7 +43,7 @@ def load_model(name:str, # `shapes`, a folder, or a name on the Hugging Face Hub
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     guidance = guidance or (1. if world_of(name) else 5.)
     model = Denoiser.from_pretrained(model_path(name), guidance, dtype, size=px, vae=vae, variant=variant)
-    if model.device.type == 'cpu': model.pipe.vae.to(memory_format=torch.channels_last)
+    if model.device.type == 'cpu': model.autoencoder.to(memory_format=torch.channels_last)
     if lora is not None: model.load_lora(named(lora, 'lora'), trainable=False)
     return model
 

@@ -9,6 +9,7 @@ __all__ = ['picture_source', 'prompts_digest', 'callbacks', 'write_results', 'st
 import hashlib, json, time
 from dataclasses import asdict
 from pathlib import Path
+from ..basics.files import write_json
 from .heldout import check_judges, heldout_number, heldout_prompts, judges
 from .interchange import check_decode
 from .load import load_model, output_folder
@@ -19,7 +20,7 @@ from ..data.latents import Latents, latents_dir
 from ..data.pictures import image_pairs
 from ..data.tables import prompt_set, shapes_pairs
 from ..evaluation.figures import before_after, curve
-from ..evaluation.measure import evaluate
+from ..evaluation.measure import all_scores, evaluate
 from ..names.catalog import load_reward
 from ..training.callbacks import Alarms, Checkpoint, Log, Progress, Timer, Tracker
 from ..training.loop import settings, train as fit
@@ -35,8 +36,8 @@ def picture_source(model, # `Denoiser`
     if source == 'shapes':
         ims, texts = shapes_pairs(2400)
         return texts, model.latents(ims, chunk=32)
-    step = model.pipe.vae_scale_factor*2**(len(model.policies.net.config.block_out_channels)-1)
-    ps = image_pairs(source, model.size[0] if buckets else model.size, buckets, step)
+    ps = image_pairs(source, model.size[0] if buckets else model.size, buckets, model.multiple)
+    ps.check()
     return ps.captions, Latents(ps, model, latents_dir())
 
 # %% ../../nbs/13_commands/08_train.ipynb #941df7ea
@@ -73,6 +74,7 @@ def write_results(out:Path, # Folder of the run
     else: model.save_pipeline(out/'model')
     rows = [r for r in history if 'reward' in r]
     if rows: curve(rows, out/'reward_curve.png')
+    if before: write_json(out/'scores.json', all_scores(before, after))
     if before: before_after(before, after, out/'before_after.png', [*before.scores][-1])
     (out/'report.json').write_text(json.dumps(rep, indent=1)+'\n')
 
@@ -93,7 +95,7 @@ def started_with(folder, # Of a run
 def fine_tune(out:Path, # Folder of the run
               resume:bool, # Go on from its newest checkpoint?
               method:str, model:str, reward:str, prompts:str, images:str, preset:str, # As for `train`
-              heldout:int, heldout_from:str, S_eval:int, tracker:str, # As for `train`
+              heldout:int, heldout_file:str, S_eval:int, tracker:str, # As for `train`
               px:int, guidance:float, variant:str, vae:str, # As for `train`
               changes:dict # Settings of the method or the run
              )->dict: # The report
@@ -104,7 +106,7 @@ def fine_tune(out:Path, # Folder of the run
         raise ValueError(f'images: {method} with branch {cfg.branch!r} learns from image-caption pairs; '
                          'name them with --images')
     n = heldout_number(heldout, model)
-    texts, held, split = heldout_prompts(prompts, prompt_set(prompts, seed=run.seed), n, heldout_from)
+    texts, held, split = heldout_prompts(prompts, prompt_set(prompts, seed=run.seed), n, heldout_file)
     judge = load_reward(reward, getattr(world_of(model), 'name', None))
     d, latents = load_model(model, guidance, None, run.precision, px, variant, vae), None
     check_decode(d)
@@ -119,19 +121,21 @@ def fine_tune(out:Path, # Folder of the run
     beside = callbacks(out, about, other, tracker, resume, plan)
     out.mkdir(parents=True, exist_ok=True)
     asked = dict(method=method, model=model, reward=reward, prompts=prompts, images=images, preset=preset,
-                 heldout=heldout, heldout_from=heldout_from, S_eval=S_eval, tracker=tracker, px=px,
+                 heldout=heldout, heldout_file=heldout_file, S_eval=S_eval, tracker=tracker, px=px,
                  guidance=guidance, variant=variant, vae=vae, changes=changes)
     (out/'run.json').write_text(json.dumps(asked, indent=1)+'\n')
     s = fit(d, method, judge, texts, run, cfg, latents, beside)
     if s.stop: return stopped(out, method, s)
     after = evaluate(d, held, exam, S_eval) if held else None
-    rep = dict(method=method, preset=preset, model=model, reward=reward, judge=judge.name, seed=run.seed, steps=run.steps,
+    rep = dict(method=method, preset=preset, model=model, reward=reward, judge=judge.name,
+               seed=run.seed, steps=run.steps,
                seconds=round(time.time()-t0, 1), seconds_training=round(s.seconds, 1),
                settings=dict(run=asdict(run), method=asdict(cfg)), guidance=d.guidance,
                prompts_sha256=about['prompts'], batches=s.k, nfe_training=s.nfe, skipped=s.skipped,
                heldout_prompts=len(held), heldout_from=split, out=str(out))
     if held: rep |= compared(before, after)
-    rep['alarms'] = dict(watched=watched(s.history), rang=suspicions(before, after, judge.name) if held else [])
+    rang = suspicions(before, after, judge.name) if held else []
+    rep['alarms'] = dict(watched=watched(s.history), rang=rang)
     rep['judges'] = {r.name: r.report() for r in getattr(judge, 'rewards', [judge]) if hasattr(r, 'report')}
     if s.rank == 0: write_results(out, d, rep | provenance(), s.history, before, after, run.rank > 0)
     return rep

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Evaluation', 'start_seeds', 'evaluate', 'world_of_prompts', 'measures', 'by_groups', 'sampler', 'report',
-           'check_pair', 'delta']
+           'check_pair', 'delta', 'all_scores']
 
 # %% ../../nbs/11_evaluation/01_measure.ipynb #384b798f
 import torch
@@ -45,7 +45,7 @@ def start_seeds(seed:int, # A whole number of 64 bits, signed or not
     first = (seed*10**6 + 2**63) % 2**64 - 2**63
     return torch.arange(n) + first
 
-# %% ../../nbs/11_evaluation/01_measure.ipynb #90b9823e
+# %% ../../nbs/11_evaluation/01_measure.ipynb #87d67a37
 def evaluate(model, # Any model
              prompts:list, # Texts
              judges:dict, # Name → reward
@@ -70,7 +70,8 @@ def evaluate(model, # Any model
             bar.update(len(x))
     images = torch.cat(ends)
     scores = {k: r(images, prompts) for k, r in judges.items()}
-    return Evaluation(list(prompts), images, scores, nfe/len(prompts), seed, eta, float(model.guidance), ts.tolist())
+    return Evaluation(list(prompts), images, scores, nfe/len(prompts), seed, eta, float(model.guidance),
+                      ts.tolist())
 
 # %% ../../nbs/11_evaluation/01_measure.ipynb #c7db96ac
 def world_of_prompts(prompts:list # Texts
@@ -132,3 +133,12 @@ def delta(before:Evaluation, # The control
     new, old = image_stats(after.images), image_stats(before.images)
     return dict(judges={k: by_groups(a[k] - b[k], after.prompts) for k in a if k in b},
                 image_stats={k: new[k] - old[k] for k in new})
+
+# %% ../../nbs/11_evaluation/01_measure.ipynb #a124d203
+def all_scores(before:Evaluation, # The control
+               after:Evaluation # The same prompts, seed and sampler, after training
+              )->dict: # `prompts`, `before` and `after`: name → a number per prompt, NaN where it is missing
+    "Every score of a pair of evaluations, for JSON"
+    check_pair(before, after)
+    def plain(e): return {k: v.tolist() for k, v in measures(e).items()}
+    return dict(prompts=before.prompts, before=plain(before), after=plain(after))
