@@ -9,7 +9,7 @@ __all__ = ['vae_key', 'latents_dir', 'load_entry', 'save_entry', 'Latents', 'dro
 import hashlib, json, os, torch
 from pathlib import Path
 from torch import Tensor
-from ..models.families import Cond
+from ..models.cond import Cond
 from .pictures import Pairs, Size, pair_rows
 from ..basics.seeds import fold
 
@@ -17,7 +17,7 @@ from ..basics.seeds import fold
 def vae_key(model # `Denoiser`
            )->str: # Hexadecimal
     "What latents depend on besides the picture: kind, config, precision and weights of the autoencoder"
-    vae = model.pipe.vae
+    vae = model.autoencoder
     about = {k: v for k, v in vae.config.items() if k[0] != '_'}
     about = json.dumps([type(vae).__name__, str(vae.dtype), about], sort_keys=True, default=str)
     h = hashlib.sha256(about.encode())
@@ -124,6 +124,6 @@ def conditioning(model, # `Denoiser`
         raise ValueError(f'sizes: expected ({len(c)}, 6), found {tuple(sizes.shape)}')
     if sizes is not None and 'size' in c: new['size'] = sizes.to(c['size'])
     if drop is not None and drop.any():
-        for k, v in model._cached(model.negative, negative=True).to(model.device).items():
+        for k, v in model.unconditional().items():
             new[k] = torch.where(drop.to(v.device).view(-1, *[1]*(v.ndim-1)), v, new[k])
     return Cond(**new)
