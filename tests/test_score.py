@@ -82,8 +82,8 @@ def test_what_is_a_picture_of_the_folder(folder):
     assert len(list_images(d)) == 12 + 5 and 'grid.png' not in list_images(d)
 
 
-HARD = ['a cat\non a mat', 'a red, big cat', '"quoted"', 'a\u2028b', 'x\x0cy', 'semi;colon', 'tab\there', '{"a": 1}',
-        "it's", '=1+1', 'ünïcödé 🐈', 'x'*200_000]
+HARD = ['a cat\non a mat', 'a red, big cat', '"quoted"', 'a\u2028b', 'x\x0cy', 'semi;colon', 'tab\there',
+        '{"a": 1}', "it's", '=1+1', 'ünïcödé 🐈', 'x'*200_000]
 
 
 def test_prompts_of_any_kind_come_back(folder):
