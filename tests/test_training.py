@@ -111,7 +111,7 @@ def test_candidates_together_equal_alone(xl, eta):
     cond, seeds, ts = d.encode(PROMPTS[:2]), fold(torch.arange(2), torch.arange(4)[:, None]), d.grid(4)
     def run(own):
         start, _ = branch('sample', d.schedule, d.shape, None, own)
-        return rollout(d.predict, d.schedule, start, ts, cond, eta, own)
+        return rollout(d, start, ts, cond, eta, own)
     whole, parts = run(seeds), [run(seeds[i:i+1]) for i in range(4)]
     for k in ('states', 'x0s', 'means'):
         alone = torch.cat([getattr(p, k) for p in parts], 1)

@@ -79,7 +79,7 @@ def bench_rollout(folder, batch, steps, repeat):
     d = load(folder)
     c, seeds = d.encode((prompts*batch)[:batch]), torch.arange(batch)
     x, ts, pipe = noise(seeds, START, d.shape, d.device), d.grid(steps), stock(folder, d, batch, steps)
-    ours = lambda eta=0., keep=False: rollout(d.predict, d.schedule, x, ts, c, eta, seeds, keep)
+    ours = lambda eta=0., keep=False: rollout(d, x, ts, c, eta, seeds, keep)
     apart = (ours().end - pipe(x)).abs().max().item()
     fs = {'bare network calls': bare(d, x, ts.to(d.device), d.family.inputs(c)), 'rollout, eta 0': ours,
           'rollout, eta 1, all states kept': lambda: ours(1., True), 'diffusers pipeline': lambda: pipe(x)}
