@@ -390,6 +390,6 @@ def sample(self:Denoiser,
     for i in range(0, len(seeds), chunk):
         own = slice(i, i + chunk)
         start = noise(seeds[own], START, self.item, self.device)
-        tr = rollout(self.predict, self.schedule, start, self.grid(S), cond[own], eta, seeds[own], keep=False)
+        tr = rollout(self, start, self.grid(S), cond[own], eta, seeds[own], keep=False)
         ends.append(tr.end)
     return self.show(torch.cat(ends)) if show else torch.cat(ends)
