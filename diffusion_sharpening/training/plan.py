@@ -24,7 +24,7 @@ from ..models.counting import (
     Cost, Live, anatomy, picture_side, text_params, unet_cost, vae_cost)
 from .loop import Callback, Run, batch_of, settings
 from ..basics.seeds import START, noise
-from ..worlds.embedded import EMBEDDED
+from ..worlds.world import world_of
 
 # %% ../../nbs/12_training/06_plan.ipynb #19022ae2
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def plan(
     "What a training would cost, without training"
     changes |= {k: v for k, v in dict(n=n, m=m).items() if v is not None}
     run, cfg = settings(method, preset, **changes)
-    dev, px, guidance = device_of(device), picture_side(model, px), 1. if model in EMBEDDED else 5.
+    dev, px, guidance = device_of(device), picture_side(model, px), 1. if world_of(model) else 5.
     if seconds is not None and not seconds > 0: raise ValueError(f'seconds: expected a positive time, found {seconds}')
     if world < 1 or run.batch % world: raise ValueError(f'world: expected processes that share a batch of {run.batch} evenly, found {world}')
     what = f'{method} ({preset}) of {Path(model).name}, {px} px'
