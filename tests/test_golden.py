@@ -9,7 +9,8 @@ from diffusion_sharpening.commands import jobs
 from diffusion_sharpening.data.tables import prompt_set, shapes_pairs
 from diffusion_sharpening.methods.catalog import METHODS
 from diffusion_sharpening.names.catalog import load_reward
-from diffusion_sharpening.training.loop import settings, train
+from diffusion_sharpening.training.run import settings
+from diffusion_sharpening.training.loop import train
 
 FILE = Path(__file__).parent/'golden_losses.json'
 RUNS = [f'{m}-{p}' for m in ('sft', 'rlhf') for p in METHODS[m].presets if p != 'default']

@@ -9,14 +9,16 @@ from diffusion_sharpening.commands import jobs
 from diffusion_sharpening.models.policies import lora_file
 from diffusion_sharpening.maths.losses import log_ratio, preference
 from diffusion_sharpening.methods.catalog import method
+from diffusion_sharpening.data.sources import Batch
 from diffusion_sharpening.methods.sharpening import (
-    Batch, candidates, noise_targets, path_errors, path_mean, values)
+    candidates, noise_targets, path_errors, path_mean, values)
 from diffusion_sharpening.basics.settings import configure
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.maths.choice import argmax, pair, pick, standardise
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sdxl
-from diffusion_sharpening.training.loop import Callback, Run, prepare, settings, train
+from diffusion_sharpening.training.loop import Callback, prepare, train
+from diffusion_sharpening.training.run import Run, settings
 from diffusion_sharpening.basics.seeds import START, fold, noise
 from diffusion_sharpening.maths.rollout import branch, rollout
 
