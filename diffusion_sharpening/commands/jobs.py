@@ -24,8 +24,8 @@ from ..names.catalog import USES, load_reward, usable
 from ..evaluation.alarms import alarms
 from ..rewards.remote import serve
 from .score import score_folder
-from ..training.callbacks import (
-    Alarms, Checkpoint, Log, Progress, Timer, Tracker, save_grid, unfinished)
+from ..training.callbacks import Alarms, Log, Progress, Timer, Tracker, save_grid
+from ..training.resume import Checkpoint, unfinished
 from .interchange import check_decode, export, push
 from ..training.loop import Run, settings, train as fit
 from ..training.plan import Plan, plan
