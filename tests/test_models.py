@@ -41,7 +41,7 @@ def jolt(d, name='policy', scale=.1):
 
 def batch(d, n=()):
     g = torch.Generator().manual_seed(0)
-    return torch.randn(*n, 2, *d.shape, generator=g), torch.tensor([900, 41]), d.encode(PROMPTS)
+    return torch.randn(*n, 2, *d.item, generator=g), torch.tensor([900, 41]), d.encode(PROMPTS)
 
 
 def stock(d, start, S=6, guidance=4., lora=None):
@@ -60,15 +60,15 @@ def stock(d, start, S=6, guidance=4., lora=None):
 @pytest.mark.parametrize('guidance', [1., 4.])
 def test_sample_equals_pipeline(models, layout, guidance):
     d, seeds = load(models, layout, guidance=guidance), torch.tensor([3, 4])
-    torch.testing.assert_close(d.sample(PROMPTS, seeds, S=6), stock(d, noise(seeds, START, d.shape), 6, guidance),
+    torch.testing.assert_close(d.sample(PROMPTS, seeds, S=6), stock(d, noise(seeds, START, d.item), 6, guidance),
                                atol=1e-3, rtol=0)
 
 
 def test_parts_equal_whole(models):
     d, seeds = load(models), [5, 6, 7]
     prompts = [*PROMPTS, 'a red circle']
-    whole = d.sample(prompts, seeds, S=4, eta=1., decode=False)
-    alone = torch.cat([d.sample(p, [s], S=4, eta=1., decode=False) for p, s in zip(prompts, seeds)])
+    whole = d.sample(prompts, seeds, S=4, eta=1., show=False)
+    alone = torch.cat([d.sample(p, [s], S=4, eta=1., show=False) for p, s in zip(prompts, seeds)])
     torch.testing.assert_close(whole, alone, atol=1e-4, rtol=1e-4)
 
 
@@ -164,7 +164,7 @@ def test_half_precision_learns_and_decodes(models, dtype):
     x_t, t, c = batch(d)
     d.output(x_t, t, c).square().mean().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in d.trainable())
-    pics = d.decode(x_t)
+    pics = d.show(x_t)
     assert pics.dtype == torch.float32 and pics.isfinite().all()
     assert d.latents(pics).dtype == torch.float32
     assert d.pipe.vae.dtype == (torch.float32 if dtype == 'float16' else torch.bfloat16)   # force_upcast
@@ -297,7 +297,7 @@ def test_full_training_learns_every_weight(models):
 @pytest.mark.parametrize('alpha', [None, 2., 16.])
 def test_lora_gives_the_same_pictures_in_plain_diffusers(models, tmp_path, layout, alpha):
     d = load(models, layout, guidance=4.).add_lora(rank=4, alpha=alpha)
-    start = noise(torch.tensor([3, 4]), START, d.shape)
+    start = noise(torch.tensor([3, 4]), START, d.item)
     jolt(d).save_lora(tmp_path)
     tuned, base = stock(d, start, lora=tmp_path), stock(d, start)
     torch.testing.assert_close(d.sample(PROMPTS, [3, 4], S=6), tuned, atol=1e-3, rtol=0)
@@ -405,8 +405,8 @@ def test_bad_prompts(models, prompts):
 def test_scoring_decoder(models):
     d = load(models, vae=models/'taesd')
     z = batch(d, (2,))[0]
-    assert d.decode(z, fast=True).shape == d.decode(z).shape == (2, 2, 3, 64, 64)
-    assert not torch.allclose(d.decode(z, fast=True), d.decode(z))
+    assert d.show(z, fast=True).shape == d.show(z).shape == (2, 2, 3, 64, 64)
+    assert not torch.allclose(d.show(z, fast=True), d.show(z))
 
 
 def test_tokenizer_round_trip(tmp_path):

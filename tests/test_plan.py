@@ -52,7 +52,7 @@ def trained(folder, name, preset, **changes):
     def network(x, *a, **k): seen['lesson' if torch.is_grad_enabled() else 'plain'] += len(x); return forward(x, *a, **k)
     def pictures(z, *a, **k): seen['decode'] += len(z); return decode(z, *a, **k)
     d.policies.forward, d.pipe.vae.decode = network, pictures
-    images = noise(torch.arange(2), START, d.shape) if cfg.needs_images else None
+    images = noise(torch.arange(2), START, d.item) if cfg.needs_images else None
     b = batch_of(d, PROMPTS, run, 0, images)
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
         lesson = m.collect(cfg, d, Bright(), b)

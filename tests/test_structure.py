@@ -88,11 +88,28 @@ def cells(path):
     nb = json.loads(path.read_text(encoding='utf-8'))
     return [''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'code']
 
+def all_code():
+    "Path → pieces of code, for notebooks, tests and scripts"
+    scripts = [*sorted((root/'tests').glob('*.py')), *sorted((nbs/'_dev').glob('*.py'))]
+    return {p: cells(p) for p in notebooks()} | {p: [p.read_text(encoding='utf-8')] for p in scripts}
+
 def wide_lines():
     "Lines of code over 110 columns, in notebooks, tests and scripts"
-    scripts = [*sorted((root/'tests').glob('*.py')), *sorted((nbs/'_dev').glob('*.py'))]
-    code = {p: '\n'.join(cells(p)) for p in notebooks()} | {p: p.read_text(encoding='utf-8') for p in scripts}
-    return [(place(p), line) for p, s in code.items() for line in s.splitlines() if len(line) > WIDTH]
+    return [(place(p), line) for p, pieces in all_code().items() for s in pieces
+            for line in s.splitlines() if len(line) > WIDTH]
+
+def bounds_in(code):
+    "Bounds of intervals in f-strings of `code` with a format, which fails where there is none"
+    try: tree = ast.parse(code)
+    except SyntaxError: return []
+    found = [o for o in ast.walk(tree) if isinstance(o, ast.FormattedValue) and o.format_spec]
+    return [ast.unparse(o.value) for o in found if re.search(r"\['(low|high)'\]$", ast.unparse(o.value))]
+
+def formatted_bounds():
+    "Bounds of intervals written without `shown`, which knows that there may be none"
+    apart = ('03_stats.ipynb', 'test_structure.py')
+    return [(place(p), b) for p, pieces in all_code().items() if p.name not in apart
+            for s in pieces for b in bounds_in(s)]
 
 def too_many(cell):
     "Names defined in an exported cell beyond the one it may define; a short private helper beside it is free"
@@ -110,7 +127,8 @@ def undocumented():
     return [(place(p), o.name) for p in modules() for o in parsed(p).body
             if isinstance(o, definition) and o.name[0] != '_' and not ast.get_docstring(o)]
 
-ALL = imports_from_below, circles, worlds_named, long_modules, wide_lines, crowded_cells, undocumented
+ALL = (imports_from_below, circles, worlds_named, long_modules, wide_lines, formatted_bounds, crowded_cells,
+       undocumented)
 RULES = {f.__name__: f for f in ALL}
 
 def counts(found):
@@ -147,6 +165,7 @@ def f():
     assert too_many('def a(): pass\ndef _b(): pass') == []
     assert too_many('def a(): pass\ndef b(): pass') == ['b']
     assert too_many('def _long():\n' + ' x\n'*6 + 'def b(): pass') == ['b']
+    assert bounds_in("f\"{i['low']:.3f} {i['mean']:.3f} {i['high']}\"") == ["i['low']"]
     assert WORLDS.search('shapes-sdxl') and not WORLDS.search('reshapes') and not WORLDS.search('checkers')
 
 def shrink(old, now):

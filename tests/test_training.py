@@ -47,7 +47,7 @@ def fit(xl, name='rlhf', preset='default', **changes):
     "A short training; the model and what the loop says"
     d = load(xl)
     run, cfg = settings(name, preset, **{**tiny, **changes})
-    images = noise(torch.arange(3), START, d.shape) if cfg.needs_images else None
+    images = noise(torch.arange(3), START, d.item) if cfg.needs_images else None
     return d, train(d, name, Bright(), PROMPTS, run, cfg, images)
 
 
@@ -59,7 +59,7 @@ def lesson_of(d, name, preset, **changes):
     "Settings and the lesson of one batch, for a policy that still equals the reference"
     run, cfg = settings(name, preset, **{'batch': 2, 'rank': 2, **changes})
     prepare(d, run, method(name), cfg)
-    x0 = noise(torch.arange(2), START, d.shape) if cfg.needs_images else None
+    x0 = noise(torch.arange(2), START, d.item) if cfg.needs_images else None
     batch = Batch(PROMPTS[:2], d.encode(PROMPTS[:2]), fold(7, torch.arange(2)), x0)
     return cfg, batch, method(name).collect(cfg, d, Bright(), batch)
 
@@ -110,7 +110,7 @@ def test_candidates_together_equal_alone(xl, eta):
     d = load(xl)
     cond, seeds, ts = d.encode(PROMPTS[:2]), fold(torch.arange(2), torch.arange(4)[:, None]), d.grid(4)
     def run(own):
-        start, _ = branch('sample', d.schedule, d.shape, None, own)
+        start, _ = branch('sample', d.schedule, d.item, None, own)
         return rollout(d.predict, d.schedule, start, ts, cond, eta, own)
     whole, parts = run(seeds), [run(seeds[i:i+1]) for i in range(4)]
     for k in ('states', 'x0s', 'means'):
@@ -214,7 +214,7 @@ def test_base_stays_bit_identical(xl, name):
     d, s = fit(xl, name, **(dict(m=2) if name == 'sft' else {}), lr=1e-2, ema=0.)
     assert same(base_weights(d), base_weights(load(xl)))
     assert any(p.abs().max() > 0 for k, p in policy(d).items() if 'lora_B' in k)
-    z, t, c = noise(torch.arange(2), START, d.shape), torch.tensor([900, 41]), d.encode(PROMPTS[:2])
+    z, t, c = noise(torch.arange(2), START, d.item), torch.tensor([900, 41]), d.encode(PROMPTS[:2])
     with torch.no_grad():
         plain, moved = load(xl).output(z, t, c), d.output(z, t, c)
         with d.reference(): assert torch.equal(d.output(z, t, c), plain)
@@ -269,7 +269,7 @@ def stock(xl, start, lora=None, S=5):
 
 def test_lora_in_plain_diffusers_gives_the_same_pictures(xl, trained):
     seeds, d = torch.tensor([3, 4]), load(xl).load_lora(trained, trainable=False)
-    start = noise(seeds, START, d.shape)
+    start = noise(seeds, START, d.item)
     theirs, ours = stock(xl, start, trained), d.sample(PROMPTS[:2], seeds, S=5)
     torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
     assert (theirs - stock(xl, start)).abs().max() > 1e-2                      # the LoRA does something

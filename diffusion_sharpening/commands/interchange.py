@@ -244,9 +244,9 @@ def check_decode(
     latents=None # `(…, C, H, W)`; None: two of pure noise
 )->None: # ValueError with the line of `decode_problem`
     "Decode once, also with the scoring autoencoder if there is one, and see whether pictures come out"
-    if latents is None: latents = noise(torch.arange(2), START, model.shape, model.device)
+    if latents is None: latents = noise(torch.arange(2), START, model.item, model.device)
     if not latents.isfinite().all():
         raise ValueError('decode: the latents themselves are not finite; the network or the sampler failed')
     for fast, vae in ((False, model.pipe.vae), (True, model.score_vae)):
-        why = None if vae is None else decode_problem(model.decode(latents, fast=fast), vae.dtype)
+        why = None if vae is None else decode_problem(model.show(latents, fast=fast), vae.dtype)
         if why: raise ValueError(why)

@@ -29,7 +29,8 @@ from ..training.resume import Checkpoint, unfinished
 from .interchange import check_decode, export, push
 from ..training.loop import Run, settings, train as fit
 from ..training.plan import Plan, plan
-from ..worlds.embedded import EMBEDDED, model_path
+from ..worlds.world import WORLDS, world_of
+from ..worlds.world import model_path
 
 # %% ../../nbs/13_commands/03_jobs.ipynb #3112c587
 def quiet():
@@ -48,7 +49,7 @@ def load_model(name:str, # `shapes`, a folder, or a name on the Hugging Face Hub
         raise ValueError(f'guidance: expected at least 1, found {guidance}')
     quiet()
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    model = Denoiser.from_pretrained(model_path(name), guidance or (1. if name in EMBEDDED else 5.), dtype)
+    model = Denoiser.from_pretrained(model_path(name), guidance or (1. if world_of(name) else 5.), dtype)
     if model.device.type == 'cpu': model.pipe.vae.to(memory_format=torch.channels_last)
     if lora: model.load_lora(lora, trainable=False)
     return model
@@ -118,11 +119,9 @@ def suspicions(before, # `Evaluation` before training
 
 # %% ../../nbs/13_commands/03_jobs.ipynb #109fce91
 def judges(reward, prompts)->dict: # Name → reward
-    "The trained reward, and the exam if the prompts are captions of Shapes"
+    "The trained reward, and the exam of the world whose prompts these are"
     out = {reward.name: reward}
-    try: from diffusion_sharpening.worlds.shapes.draw import parse; [parse(p) for p in prompts]
-    except ValueError: return out
-    return out | dict(checker=load_reward('checker', train=False))
+    return out | {w.exam.name: w.exam for w in WORLDS.values() if w.exam and w.knows(prompts)}
 
 def _images(model, source, run): # Captions and latents for methods that learn from pictures
     if source == 'shapes':
@@ -166,9 +165,9 @@ def _train(out, resume, asked):
     if heldout < 0: raise ValueError(f'heldout: expected at least 0 prompts, found {heldout}')
     if S_eval < 1: raise ValueError(f'S_eval: expected at least one sampler step, found {S_eval}')
     run, cfg = settings(method, preset, **changes)
-    if cfg.needs_images and not source and model not in EMBEDDED:
+    if cfg.needs_images and not source and not world_of(model):
         raise ValueError(f'images: {method} with branch {cfg.branch!r} learns from image-caption pairs; name them with --images')
-    texts, judge = prompt_set(prompts, seed=run.seed), load_reward(reward, model if model in EMBEDDED else None)
+    texts, judge = prompt_set(prompts, seed=run.seed), load_reward(reward, getattr(world_of(model), 'name', None))
     held = prompt_set('shapes', heldout, 'heldout', 1) if prompts == 'shapes' and heldout else texts[:heldout]
     d, images = load_model(model, dtype=run.precision), None
     check_decode(d)
@@ -252,7 +251,7 @@ def evaluate(
     "Measure a model on held-out prompts"
     if n < 1: raise ValueError(f'n: expected at least one prompt, found {n}')
     texts = prompt_set(prompts, n, 'heldout', seed=1)[:n]
-    r = load_reward(reward, model if model in EMBEDDED else None, train=False)
+    r = load_reward(reward, getattr(world_of(model), 'name', None), train=False)
     d = load_model(model, guidance, lora)
     e = measure(d, texts, judges(r, texts), S, seed=seed)
     return dict(model=model, lora=lora, judge=reward, heldout_prompts=len(texts), S=S, guidance=d.guidance,

@@ -38,9 +38,9 @@ def evaluate(model, # `Denoiser`
     cond, seeds, ends, nfe = model.encode(prompts), seed*10**6 + torch.arange(len(prompts)), [], 0
     for i in range(0, len(prompts), chunk):
         own = slice(i, i+chunk)
-        x = noise(seeds[own], START, model.shape, model.device)
+        x = noise(seeds[own], START, model.item, model.device)
         tr = rollout(model.predict, model.schedule, x, model.grid(S), cond[own], eta, seeds[own], keep=False)
-        ends.append(model.decode(tr.end, chunk)); nfe += tr.nfe
+        ends.append(model.show(tr.end, chunk)); nfe += tr.nfe
     images = torch.cat(ends).cpu()
     scores = {k: r(images, prompts) for k, r in rewards.items()}
     return Evaluation(list(prompts), images, scores, nfe/len(prompts))

@@ -101,7 +101,7 @@ def _evidence(cfg, model, s, lesson, reference=False): # `(B,)`
 def _end_error(cfg, model, s, lesson):
     x0 = s['end']; grid = model.grid(cfg.S)
     t = noising_times(cfg, grid, fold(lesson['seeds'], 0x76)).to(x0.device)  # the same for both sides
-    eps = noise(fold(lesson['seeds'], 0x77), START, model.shape, x0.device)
+    eps = noise(fold(lesson['seeds'], 0x77), START, model.item, x0.device)
     x = add_noise(model.schedule, x0, eps, t)
     return path_errors(model, x[None], torch.stack([t, t]), lesson['cond'], eps[None])[0]
 
@@ -132,7 +132,7 @@ def _loss_contrast(cfg, model, view, lesson, u):
     x0, grid = lesson['x0'], model.grid(cfg.S)
     seeds = fold(lesson['seeds'], torch.arange(cfg.n)[:, None], 0x78 + u)
     t = noising_times(cfg, grid, fold(seeds, 1)).to(x0.device)
-    x_t = add_noise(model.schedule, x0, noise(seeds, START, model.shape, x0.device), t)
+    x_t = add_noise(model.schedule, x0, noise(seeds, START, model.item, x0.device), t)
     with torch.no_grad(), model.use('old'): old = view.predict(x_t, t, lesson['cond'])[0]
     new = view.predict(x_t, t, lesson['cond'])[0]
     loss, use = contrast(new, old, x0, lesson['r'], cfg.beta), lesson['use']

@@ -72,7 +72,7 @@ def _lesson(cfg, model, batch, c, end, get):
     if cfg.branch != 'sample': return dict(x=get(c.tr.states[0]), t=get(c.tr.t[0]), x0=x0)
     grid = model.grid(cfg.S); u = fold(batch.seeds, 0x74).abs()
     t = noising_times(cfg, grid, u).to(x0.device)
-    eps = noise(fold(batch.seeds, 0x75), START, model.shape, x0.device)
+    eps = noise(fold(batch.seeds, 0x75), START, model.item, x0.device)
     return dict(x=add_noise(sch, x0, eps, t), t=t, x0=x0)
 
 # %% ../../nbs/08_methods/02_sft.ipynb #b6b65558

@@ -129,7 +129,7 @@ def noising_times(cfg, grid, seeds): # Times in the shape of `seeds`
 def images_of(cfg, model, batch, own): # Latents `(n or 1, B, C, H, W)`, their start noise, evaluations
     "The images that candidates start from: those of the batch, or the model's own"
     if batch.x0 is not None: return batch.x0[None].float(), None, 0
-    z = noise(own, START, model.shape, model.device)
+    z = noise(own, START, model.item, model.device)
     tr = rollout(model.predict, model.schedule, z, model.grid(cfg.S), batch.cond, keep=False)
     return tr.end, z, tr.nfe
 
@@ -157,7 +157,7 @@ def candidates(cfg:Sharpening, # Settings
     return Candidates(tr, x0.expand_as(x), eps, nfe + tr.nfe, tuple(map(torch.stack, zip(*kept))) if keeps else None)
 
 def _samples(cfg, model, batch, grid, seeds):
-    x, _ = branch('sample', model.schedule, model.shape, None, seeds)
+    x, _ = branch('sample', model.schedule, model.item, None, seeds)
     x = x.to(model.device)
     tr = rollout(model.predict, model.schedule, x, grid, batch.cond, cfg.eta, seeds, keep=False)
     return Candidates(tr, tr.end, None, tr.nfe)
@@ -192,7 +192,7 @@ def judged(model, reward,
     slow = [r for r in getattr(reward, 'rewards', [reward]) if getattr(r, 'slow', 0)]
     if slow: reward, ims = _ahead(model, reward, slow, latents, prompts)
     else:
-        with stage('decode'): ims = model.decode(latents, fast=True)
+        with stage('decode'): ims = model.show(latents, fast=True)
     with stage('reward'): return group_scores(reward, ims, prompts), ims
 
 def _ahead(model, reward, slow, latents, prompts): # The reward with its slow parts under way, and the pictures
@@ -200,7 +200,7 @@ def _ahead(model, reward, slow, latents, prompts): # The reward with its slow pa
     many, ims, asked = list(prompts)*(len(flat)//len(prompts)), [], {id(r): [] for r in slow}
     pools = [ThreadPoolExecutor(1) for _ in slow]          # one call of a reward at a time, in order
     for i in range(0, len(flat), size):
-        with stage('decode'): ims.append(model.decode(flat[i:i+size], fast=True))
+        with stage('decode'): ims.append(model.show(flat[i:i+size], fast=True))
         for r, pool in zip(slow, pools): asked[id(r)].append(pool.submit(r, ims[-1], many[i:i+size]))
     for pool in pools: pool.shutdown(wait=False)
     swap = lambda r: Asked(r, asked[id(r)]) if id(r) in asked else r

@@ -19,7 +19,8 @@ from .policies import Policies
 from .loading import dtype_of
 from ..basics.words import one_of
 from ..training.loop import ATTENTION, LINEAR
-from ..worlds.embedded import EMBEDDED, model_path
+from ..worlds.world import WORLDS
+from ..worlds.world import model_path
 
 # %% ../../nbs/03_models/10_counting.ipynb #734b1043
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def anatomy(model:str # sdxl, sd15, shapes, their names on the Hub, a downloaded
     if (name := ALIASES.get(str(model), str(model))) in KNOWN: return KNOWN[name]
     path = _downloaded(str(model)) or Path(model_path(str(model)))
     if not path.is_dir():
-        names = ', '.join([*KNOWN, *EMBEDDED])
+        names = ', '.join([*KNOWN, *(m for w in WORLDS.values() for m in w.models)])
         raise ValueError(f'model: expected {names}, or the folder of a pipeline; found {model}')
     encs = [_config(p/'config.json') for p in sorted(path.glob('text_encoder*'))]
     project = lambda c: c.get('projection_dim', 0)*('WithProjection' in c.get('architectures', [''])[0])

@@ -17,6 +17,7 @@ from ..basics.seeds import START, noise
 from ..maths.rollout import rollout
 from .families import Cond, Features, family_of
 from .loading import dtype_of, load_pipeline, load_vae
+from .protocol import denoising_loss
 from .policies import Policies, targets
 
 # %% ../../nbs/03_models/07_denoiser.ipynb #296d813c
@@ -30,7 +31,7 @@ class Denoiser:
         guidance:float=5., # Classifier-free guidance scale; 1: none, at half the cost
         negative:str=None, # Prompt to guide away from; None: the pipeline's own convention
         size=None, # Picture side in pixels, or `(height, width)`; None: what the model was made for
-        score_vae=None # Cheaper autoencoder for `decode(fast=True)`
+        score_vae=None # Cheaper autoencoder for `show(fast=True)`
     ):
         self.pipe, self.family = pipe, family_of(pipe)
         self.guidance, self.negative = float(guidance), negative
@@ -67,7 +68,7 @@ def _resize(self:Denoiser, size):  # Picture size in pixels and shape of latents
     size = size or net.sample_size*f
     self.size = h, w = (size, size) if isinstance(size, int) else tuple(size)
     if h % f or w % f: raise ValueError(f'size: expected multiples of {f} pixels, found {h} x {w}')
-    self.shape = net.in_channels, h//f, w//f
+    self.item = net.in_channels, h//f, w//f
 
 # %% ../../nbs/03_models/07_denoiser.ipynb #f9b9ce2b
 @patch
@@ -133,8 +134,8 @@ def _inputs(self:Denoiser, cond, n):  # What the network is told about `n` image
 @patch
 def _check(self:Denoiser, x_t, cond):  # Do latents and conditioning fit the model and each other?
     B = x_t.shape[-4] if x_t.ndim in (4, 5) else None
-    if B is None or x_t.shape[-3] != self.shape[0]:
-        raise ValueError(f'x_t: expected (B, {self.shape[0]}, H, W) or (n, B, …), found {tuple(x_t.shape)}')
+    if B is None or x_t.shape[-3] != self.item[0]:
+        raise ValueError(f'x_t: expected (B, {self.item[0]}, H, W) or (n, B, …), found {tuple(x_t.shape)}')
     if not isinstance(cond, Cond):
         raise ValueError(f'cond: expected what encode gives, found {type(cond).__name__}')
     if len(cond) != B:
@@ -173,6 +174,16 @@ def predict(self:Denoiser,
     t = torch.as_tensor(t, device=x_t.device)
     return to_x0_eps(self.schedule, x_t.float(), self.output(x_t, t, cond), t, self.kind)
 
+# %% ../../nbs/03_models/07_denoiser.ipynb #d9defc64
+@patch
+def denoising_loss(self:Denoiser,
+    x0:Tensor, # Clean latents `(B, C, H, W)`
+    cond:Cond, # Of the `B` prompts
+    seeds:Tensor # int64 `(B,)`; each draws its own time and noise
+) -> Tensor: # `(B,)`
+    "Mean squared error of what the network predicts, without guidance"
+    return denoising_loss(self.with_guidance(1.), x0, cond, seeds)
+
 # %% ../../nbs/03_models/07_denoiser.ipynb #ce425873
 def _stats(cfg, z):  # Mean and standard deviation per channel, where an autoencoder's config has them
     return (torch.tensor(cfg[o], device=z.device).view(1, -1, 1, 1) for o in ('latents_mean', 'latents_std'))
@@ -187,7 +198,7 @@ def _decoded(vae, z):  # Pictures in [0, 1] from scaled latents
     return (vae.decode(z.to(vae.dtype), return_dict=False)[0].float()/2 + .5).clamp(0, 1)
 
 @patch
-def decode(self:Denoiser,
+def show(self:Denoiser,
     latents:Tensor, # `(…, C, H, W)`
     chunk:int=8, # Pictures decoded at once
     fast:bool=False, # With the scoring autoencoder, if there is one?
@@ -195,8 +206,8 @@ def decode(self:Denoiser,
 ) -> Tensor: # Float32 `(…, 3, height, width)` in [0, 1]
     "Pictures of latents"
     vae = self.score_vae if fast and self.score_vae is not None else self.pipe.vae
-    if latents.shape[-3] != self.shape[0]:
-        raise ValueError(f'latents: expected (…, {self.shape[0]}, H, W), found {tuple(latents.shape)}')
+    if latents.shape[-3] != self.item[0]:
+        raise ValueError(f'latents: expected (…, {self.item[0]}, H, W), found {tuple(latents.shape)}')
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         flat = latents.reshape(-1, *latents.shape[-3:])
         pics = torch.cat([_decoded(vae, z) for z in flat.split(chunk)])
@@ -221,7 +232,8 @@ def latents(self:Denoiser,
     "Latents of pictures"
     f, (h, w) = self.pipe.vae_scale_factor, images.shape[-2:]
     if images.ndim < 4 or images.shape[-3] != 3 or h % f or w % f:
-        raise ValueError(f'images: expected (…, 3, H, W), sides multiples of {f}; found {tuple(images.shape)}')
+        raise ValueError(f'images: expected (…, 3, H, W), sides multiples of {f}; '
+                         f'found {tuple(images.shape)}')
     flat = images.to(self.device).reshape(-1, 3, h, w)
     z = torch.cat([_encoded(self.pipe.vae, x) for x in flat.split(chunk)])
     return z.view(*images.shape[:-3], *z.shape[1:])
@@ -313,7 +325,8 @@ def cast(self:Denoiser,
     "Store the frozen weights in another precision and run the network in it"
     dtype = dtype_of(dtype)
     if dtype == self.dtype: return self
-    if self.policies.named: raise ValueError('cast: expected a model that does not learn yet, before add_lora or add_full')
+    if self.policies.named:
+        raise ValueError('cast: expected a model that does not learn yet, before add_lora or add_full')
     self.pipe.to(dtype); _safe_vae(self.pipe)
     if self.score_vae is not None: self.score_vae.to(dtype)
     if getattr(self.pipe, self.family.text_encoders[0]) is not None: self.cache = Features(self.cache.most)
@@ -365,7 +378,7 @@ def sample(self:Denoiser,
     S:int=25, # Sampler steps
     eta:float=0., # 0: deterministic … 1: ancestral
     chunk:int=16, # Pictures made at once
-    decode:bool=True # False: latents
+    show:bool=True # False: latents
 ) -> Tensor: # `(B, 3, height, width)` in [0, 1], or `(B, C, H, W)`
     "One picture per prompt"
     cond = self.encode(prompts)
@@ -375,7 +388,7 @@ def sample(self:Denoiser,
     ends = []
     for i in range(0, len(seeds), chunk):
         own = slice(i, i + chunk)
-        start = noise(seeds[own], START, self.shape, self.device)
+        start = noise(seeds[own], START, self.item, self.device)
         tr = rollout(self.predict, self.schedule, start, self.grid(S), cond[own], eta, seeds[own], keep=False)
         ends.append(tr.end)
-    return self.decode(torch.cat(ends)) if decode else torch.cat(ends)
+    return self.show(torch.cat(ends)) if show else torch.cat(ends)

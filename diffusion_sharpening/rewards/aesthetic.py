@@ -60,7 +60,7 @@ class Aesthetic(Reward):
         which:str=None, # Head: a file, a folder of `fit_aesthetic`, `shapes` (embedded); None: LAION's v2
         tower:str=None # Tower, as for `find_clip`; None: the folder's, or ViT-L-14-quickgelu/openai
     ):
-        from diffusion_sharpening.worlds.embedded import weights
+        from diffusion_sharpening.worlds.world import weights
         if which == 'shapes': which = weights('shapes-aesthetic')
         path = laion_head() if which is None else fetch(which, 'aesthetic.safetensors', 'aesthetic')
         note = path.with_name('aesthetic.json')

@@ -102,7 +102,7 @@ def find_clip(which:str, # `shapes`, a folder, `model/weights` or `model/path`
              )->tuple: # Name for open_clip's tokenizer, model config, weights file, preprocessing
     "What a name of an open_clip model stands for"
     import open_clip
-    from diffusion_sharpening.worlds.embedded import weights
+    from diffusion_sharpening.worlds.world import weights
     if which == 'shapes': which = str(weights('shapes-clip'))
     if Path(which).is_dir(): return _folder(Path(which).resolve(), name)
     arch, _, rest = which.partition('/')

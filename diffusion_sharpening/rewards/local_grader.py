@@ -18,7 +18,7 @@ from torch import Tensor
 from .mllm import ASPECTS, RUBRIC
 from ..worlds.shapes.exam import judge
 from ..worlds.shapes.clip import near_miss
-from ..worlds.embedded import weights
+from ..worlds.world import weights
 from ..models.fit import fit, kept
 from ..worlds.shapes.base import picks
 from ..worlds.shapes.draw import (

@@ -221,7 +221,7 @@ class Preference(Reward):
     def __init__(self,
         which:str=None # `shapes` (embedded), or a folder of `fit_preference`
     ):
-        from diffusion_sharpening.worlds.embedded import weights
+        from diffusion_sharpening.worlds.world import weights
         if which is None: raise ValueError("preference: expected 'shapes' or a folder of fit_preference, as in "
                                            'preference@shapes; there are no published weights')
         folder = Path(weights('shapes-preference') if which == 'shapes' else which)

@@ -131,7 +131,7 @@ def batch_of(model, prompts, run, k, images, rank=0, world=1): # `Batch` of upda
 @torch.no_grad()
 def check_start(model, batch:Batch, tol:float=2e-2): # `TrainingError` says what is not as it must be
     "Policy equals reference, and batched equals single; relative to the size of the output"
-    x, t = noise(batch.seeds[:2], START, model.shape, model.device), model.grid(4)[1].to(model.device)
+    x, t = noise(batch.seeds[:2], START, model.item, model.device), model.grid(4)[1].to(model.device)
     t = t.expand(len(x)); c = batch.cond[:len(x)]
     out = model.output(x, t, c); size = out.std() + 1e-6
     with model.reference(): ref = model.output(x, t, c)

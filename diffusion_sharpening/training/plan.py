@@ -24,7 +24,7 @@ from ..models.counting import (
     Cost, Live, anatomy, picture_side, text_params, unet_cost, vae_cost)
 from .loop import Callback, Run, batch_of, settings
 from ..basics.seeds import START, noise
-from ..worlds.embedded import EMBEDDED
+from ..worlds.world import world_of
 
 # %% ../../nbs/12_training/06_plan.ipynb #19022ae2
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class StandIn(Denoiser):
     full = sharded = False
     def __init__(self, guidance=1., full=False):
         self.full, self.guidance, self.kind, self.schedule = full, guidance, 'epsilon', VP.scaled_linear()
-        self.shape, self.size, self.device = (1, 1, 1), (1, 1), torch.device('cpu')
+        self.item, self.size, self.device = (1, 1, 1), (1, 1), torch.device('cpu')
         self.asked, self.weights, self.kept = Counter(), ['rollout'], []
 
     def output(self, x_t, t, cond):
@@ -79,7 +79,7 @@ class StandIn(Denoiser):
         try: yield self
         finally: self.weights.pop()
 
-    def decode(self, latents, chunk=8, fast=False, grad=False):
+    def show(self, latents, chunk=8, fast=False, grad=False):
         self.asked['decode with gradient' if grad else 'decode'] += latents.shape[:-3].numel()
         return torch.rand(*latents.shape[:-3], 3, 1, 1)
 
@@ -103,7 +103,7 @@ def evaluations(method:str, # A name in `METHODS`
     m, d, r = find_method(method), StandIn(guidance, run.rank == 0), _Any()
     m.setup(cfg, d)
     for k in range(batches):
-        images = torch.zeros(run.batch, *d.shape) if cfg.needs_images else None
+        images = torch.zeros(run.batch, *d.item) if cfg.needs_images else None
         b = batch_of(d, ['a prompt']*run.batch, run, k, images)
         with torch.random.fork_rng(devices=[]), torch.no_grad(): lesson = m.collect(cfg, d, r, b)
         for u in range(getattr(cfg, 'updates', 1)): m.loss(cfg, d, lesson, u)
@@ -209,7 +209,7 @@ def plan(
     "What a training would cost, without training"
     changes |= {k: v for k, v in dict(n=n, m=m).items() if v is not None}
     run, cfg = settings(method, preset, **changes)
-    dev, px, guidance = device_of(device), picture_side(model, px), 1. if model in EMBEDDED else 5.
+    dev, px, guidance = device_of(device), picture_side(model, px), 1. if world_of(model) else 5.
     if seconds is not None and not seconds > 0: raise ValueError(f'seconds: expected a positive time, found {seconds}')
     if world < 1 or run.batch % world: raise ValueError(f'world: expected processes that share a batch of {run.batch} evenly, found {world}')
     what = f'{method} ({preset}) of {Path(model).name}, {px} px'
@@ -257,7 +257,7 @@ def measured(model # `Denoiser` that learns
             )->tuple: # `Cost`s and parameters, as for `memory`
     "Units counted on a loaded model: what one picture takes"
     net, vae = model.policies.net, model.pipe.vae if model.score_vae is None else model.score_vae
-    x, t = noise(torch.tensor([0]), START, model.shape, model.device), model.grid(4)[:1].to(model.device)
+    x, t = noise(torch.tensor([0]), START, model.item, model.device), model.grid(4)[:1].to(model.device)
     known = model.encode(next((k for k in model.cache if isinstance(k, str)), ''))
     ask = lambda: model._ask(net, x, t, model.family.inputs(known))
     one, B = _run_once(ask, net), 3 if model.full else 2
@@ -265,7 +265,7 @@ def measured(model # `Denoiser` that learns
     size = lambda m: 0 if m is None else sum(p.numel() for p in m.parameters())
     learn, text = sum(p.numel() for p in model.trainable()), sum(size(getattr(model.pipe, k)) for k in model.family.text_encoders)
     adapters = sum(p.numel() for k, p in net.named_parameters() if '.lora_' in k)
-    units = dict(rollout=one, lesson=Cost(one.tflop, B*one.tflop, held, held), decode=_run_once(lambda: model.decode(x, fast=True), vae))
+    units = dict(rollout=one, lesson=Cost(one.tflop, B*one.tflop, held, held), decode=_run_once(lambda: model.show(x, fast=True), vae))
     return units, dict(unet=size(net) - adapters, vae=size(vae), text=text, learn=learn)
 
 def device_here(model)->Device: # Peaks are 0 for a GPU that is not in `DEVICES`

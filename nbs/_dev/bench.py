@@ -78,7 +78,7 @@ def bench_rollout(folder, batch, steps, repeat):
     from diffusion_sharpening.maths.rollout import rollout
     d = load(folder)
     c, seeds = d.encode((prompts*batch)[:batch]), torch.arange(batch)
-    x, ts, pipe = noise(seeds, START, d.shape, d.device), d.grid(steps), stock(folder, d, batch, steps)
+    x, ts, pipe = noise(seeds, START, d.item, d.device), d.grid(steps), stock(folder, d, batch, steps)
     ours = lambda eta=0., keep=False: rollout(d.predict, d.schedule, x, ts, c, eta, seeds, keep)
     apart = (ours().end - pipe(x)).abs().max().item()
     fs = {'bare network calls': bare(d, x, ts.to(d.device), d.family.inputs(c)), 'rollout, eta 0': ours,
@@ -115,7 +115,7 @@ def one_batch(d, B):
     from diffusion_sharpening.methods.sharpening import Batch
     from diffusion_sharpening.basics.seeds import START, fold, noise
     texts, i = (prompts*B)[:B], torch.arange(B)
-    return Batch(texts, d.encode(texts), fold(0, i), noise(i, START, d.shape, d.device))
+    return Batch(texts, d.encode(texts), fold(0, i), noise(i, START, d.item, d.device))
 
 def bright(images, prompts): return images.mean((1, 2, 3))           # a reward that costs nothing
 
@@ -227,7 +227,7 @@ def one_path(d, batch, x, eps, ts, reward=None):
     for t, s in zip(ts, ts[1:]):
         x0, e = d.predict(x, t.clamp(min=0), batch.cond)
         errs.append(denoising(e, eps))
-        if reward is not None: R = R + reward(d.decode(x0, fast=True, grad=True), batch.prompts)
+        if reward is not None: R = R + reward(d.show(x0, fast=True, grad=True), batch.prompts)
         x = step(d.schedule, x, x0, e, t, s).prev
     return sum(errs)/len(errs), R
 
@@ -241,7 +241,7 @@ def released(d, how, cfg, batch, reward):
     from diffusion_sharpening.basics.seeds import START, fold, noise
     ts, got, refs, rlhf = starts(cfg, d.schedule, d.grid(cfg.S), batch.seeds), [], [], how.name == 'rlhf'
     for i in range(cfg.n):
-        eps = noise(fold(batch.seeds, i), START, d.shape, d.device)
+        eps = noise(fold(batch.seeds, i), START, d.item, d.device)
         x = add_noise(d.schedule, batch.x0, eps, ts[0])
         got.append(one_path(d, batch, x, eps, ts, reward))
         with torch.no_grad(), d.reference(): refs.append(one_path(d, batch, x, eps, ts)[0] if rlhf else None)

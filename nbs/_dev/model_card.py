@@ -27,7 +27,7 @@ def best_of(model, texts, judge, k, S):
 
 def per_step(model, B=32, S=10):
     "Milliseconds per image and step of a rollout"
-    cond = model.encode(['a red circle']*B); x = noise(torch.arange(B), START, model.shape)
+    cond = model.encode(['a red circle']*B); x = noise(torch.arange(B), START, model.item)
     go = lambda: rollout(model.predict, model.schedule, x, model.grid(S), cond, keep=False)
     go(); ts = []
     for _ in range(5): t = time.perf_counter(); go(); ts.append(time.perf_counter()-t)
@@ -42,7 +42,7 @@ def clip_facts(texts, ims):
 def measure(n, S):
     texts = prompts(n, 'heldout', seed=1); ims = torch.stack([picture(t, i, 'heldout') for i, t in enumerate(texts)])
     model, checker = load_model('shapes'), load_reward('checker', train=False)
-    recon = model.decode(model.latents(ims))
+    recon = model.show(model.latents(ims))
     other = [texts[(i+6*17) % n] for i in range(n)]
     base = evaluate(model, texts, dict(checker=checker), S)
     eight = best_of(model, texts[:60], checker, 8, S)

@@ -10,7 +10,7 @@ from diffusion_sharpening.rewards.clip import CLIPScore, find_clip
 from diffusion_sharpening.rewards.preference import fit_preference, pair_accuracy, shapes_pairs
 from diffusion_sharpening.worlds.shapes.exam import by_category, check
 from diffusion_sharpening.worlds.shapes.clip import reconstruct
-from diffusion_sharpening.worlds.embedded import weights
+from diffusion_sharpening.worlds.world import weights
 from diffusion_sharpening.models.fit import kept
 
 def choices(n, work, vae):

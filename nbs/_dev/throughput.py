@@ -67,7 +67,7 @@ def compositional(d):
 @small
 def hps(d):
     import open_clip
-    from diffusion_sharpening.worlds.embedded import weights
+    from diffusion_sharpening.worlds.world import weights
     src = weights('shapes-clip').resolve(); cfg = json.loads((src/'open_clip_config.json').read_text())['model_cfg']
     cfg['text_cfg']['hf_tokenizer_name'] = str(src); d.mkdir(exist_ok=True)
     (d/'throughput-small.json').write_text(json.dumps(cfg)); open_clip.add_model_config(d/'throughput-small.json')
@@ -77,7 +77,7 @@ def hps(d):
 @small
 def pickscore(d):
     from transformers import CLIPConfig, CLIPModel
-    from diffusion_sharpening.worlds.embedded import weights
+    from diffusion_sharpening.worlds.world import weights
     size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     text = dict(**size, vocab_size=37, max_position_embeddings=20, eos_token_id=36, bos_token_id=35, pad_token_id=0)
     CLIPModel(CLIPConfig(text_config=text, vision_config=dict(**size, image_size=64, patch_size=16), projection_dim=24)).save_pretrained(d)

@@ -58,10 +58,10 @@ def remade(model:Denoiser, # Its autoencoder made the latents
     for b in range(0, len(texts), batch):
         z, own = latents[b:b+batch].float(), seed*10**6 + torch.arange(b, min(b+batch, len(texts)))
         j = max(0, int(torch.randint(-3, S//2+1, (1,), generator=g)))
-        eps = noise(own, START, model.shape, model.device)
+        eps = noise(own, START, model.item, model.device)
         x = eps if j == 0 else add_noise(model.schedule, z, eps, grid[j].expand(len(z)))
         end = rollout(model.predict, model.schedule, x, grid[j:], model.encode(texts[b:b+batch]), keep=False).end
-        ims.append((model.decode(end, batch)*255).round().to(torch.uint8).contiguous()); starts.append(torch.full((len(z),), j))
+        ims.append((model.show(end, batch)*255).round().to(torch.uint8).contiguous()); starts.append(torch.full((len(z),), j))
     return torch.cat(ims), torch.cat(starts)
 
 # %% ../../../nbs/05_worlds/shapes/05_flaws.ipynb #ca86c9f2
