@@ -10,8 +10,9 @@ import torch
 from dataclasses import dataclass
 from ..basics.settings import within
 from ..maths.choice import pick, weights
-from .parts import (
-    asked_times, at_end, candidate_seeds, end_error, flat, from_prompt, guided, noised, plain, repeated, summary)
+from diffusion_sharpening.methods.parts import (
+    asked_times, at_end, candidate_seeds, end_error, flat, from_prompt, guided, noised, plain, repeated,
+    summary)
 from .protocol import Lesson, Method
 
 # %% ../../nbs/08_methods/09_best_of_n.ipynb #ed165dac

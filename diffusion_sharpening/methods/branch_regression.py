@@ -12,8 +12,9 @@ from ..basics.seeds import START, noise, stream
 from ..basics.settings import within
 from ..maths.choice import pick, weights
 from ..maths.schedules import add_noise
-from .parts import (
-    at_end, candidate_seeds, end_error, finished, flat, from_state, guided, path_starts, plain, repeated, summary)
+from diffusion_sharpening.methods.parts import (
+    at_end, candidate_seeds, end_error, finished, flat, from_state, guided, path_starts, plain, repeated,
+    summary)
 from .protocol import Lesson, Method
 from .sft_sharpening import check_path
 

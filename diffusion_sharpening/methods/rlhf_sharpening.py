@@ -12,8 +12,9 @@ from ..basics.seeds import stream
 from ..basics.settings import within, words
 from ..maths.choice import pair, pick, standardise, tied
 from ..maths.losses import log_ratio, preference
-from .parts import (
-    along_path, candidate_seeds, coupled, from_noises, from_prompt, guided, path_starts, plain, stride_starts, summary)
+from diffusion_sharpening.methods.parts import (
+    along_path, candidate_seeds, coupled, from_noises, from_prompt, guided, path_starts, plain,
+    stride_starts, summary)
 from .protocol import Lesson, Method
 from .sft_sharpening import check_path, lesson_error, path_rows
 

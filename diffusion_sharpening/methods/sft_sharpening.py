@@ -10,9 +10,9 @@ import torch
 from dataclasses import dataclass
 from ..basics.settings import within, words
 from ..maths.choice import pick, weights
-from diffusion_sharpening.methods.parts import (
-    along_path, candidate_seeds, flat, from_noises, guided, held_noise, path_error, path_starts, plain, repeated,
-    stride_starts, summary, turned)
+from .parts import (
+    along_path, candidate_seeds, flat, from_noises, guided, held_noise, path_error, path_starts, plain,
+    repeated, stride_starts, summary, turned)
 from .protocol import Lesson, Method
 
 # %% ../../nbs/08_methods/04_sft_sharpening.ipynb #b4dc2b86
