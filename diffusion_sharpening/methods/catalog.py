@@ -16,7 +16,7 @@ from .rlhf_sharpening import RLHFSharpening
 from .sft_sharpening import SFTSharpening
 from .standard import Standard
 from .step_preference import StepPreference
-from ..rewards.own import load_function
+from ..rewards.own import load_object
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #bcca4bf7
 METHODS = dict(
@@ -41,7 +41,8 @@ def presets(name:str # A method, `sft`, `rlhf`, or `path/to/file.py:Method`
     return dict(default=made) | {k: getattr(made, k) for k in ('paper', 'released') if hasattr(made, k)}
 
 def _own(name):
-    made = load_function(name)
+    try: made = load_object(name)
+    except ValueError as e: raise ValueError(str(e).replace('own reward', 'method', 1)) from None
     if isinstance(made, type) and issubclass(made, Method): return made
     raise ValueError(f'method {name!r}: expected a class that inherits from methods.protocol.Method, found {made!r}')
 

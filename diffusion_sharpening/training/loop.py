@@ -145,7 +145,7 @@ def collect(s:State, batch): # `Lesson`, or None where some process has none
     "Branch, score and choose"
     s.prompts, meter = batch.prompts, Meter(s.model)
     try:
-        with torch.no_grad(): lesson = s.method.collect(meter, s.judge, batch)
+        with torch.no_grad(), stage('rollout'): lesson = s.method.collect(meter, s.judge, batch)
     except NonFinite as e:
         lesson = None
         print(f'batch {s.k+1} skipped: {e}')
