@@ -168,7 +168,8 @@ def train(
     heldout:int=240, # Prompts of the evaluation before and after; 0: none
     S_eval:int=20, # Sampler steps of the evaluation
     tracker:str=None, # Tracker of accelerate: tensorboard, wandb, …
-    images:str=None, # Pairs for methods that learn from pictures: folder, file or hf:owner/name; None: of Shapes
+    # Pairs for methods that learn from pictures: folder, file or hf:owner/name; None: of Shapes
+    images:str=None,
     resume:str=None, # Go on with the run in this folder, with the settings it was started with
     **changes # Settings of the method or the run
 )->dict: # The report, as written to `out/report.json`; a run that was asked to stop only says where it is

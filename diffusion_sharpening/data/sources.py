@@ -82,7 +82,8 @@ class Pictures(Prompts):
     ):
         super().__init__(model, prompts, size, seed, drop)
         if len(latents) != len(self.prompts):
-            raise ValueError(f'source: expected a picture for each of {len(self.prompts)} captions, found {len(latents)}')
+            raise ValueError(f'source: expected a picture for each of {len(self.prompts)} captions, '
+                             f'found {len(latents)}')
         self.latents = latents
 
     def data(self, i:list) -> dict:

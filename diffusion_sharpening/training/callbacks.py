@@ -26,6 +26,7 @@ class Progress(Callback):
     def close(self):
         if hasattr(self, 'bar'): self.bar.close()
 
+# %% ../../nbs/12_training/05_callbacks.ipynb #401f76fa
 class Log(Callback):
     "One JSON line per batch; a resumed run goes on where its checkpoint was"
     order = 60
@@ -36,6 +37,7 @@ class Log(Callback):
     def update(self, s):
         with self.path.open('a') as f: f.write(json.dumps(s.log)+'\n')
 
+# %% ../../nbs/12_training/05_callbacks.ipynb #4d970692
 class Validate(Callback):
     "Pictures of a few prompts every so often"
     order = 40
@@ -50,6 +52,7 @@ class Validate(Callback):
         x = s.model.sample(self.prompts, S=self.S)
         if s.rank == 0: save_grid(x, self.folder/f'{s.k:05d}.png')
 
+# %% ../../nbs/12_training/05_callbacks.ipynb #fe89af04
 def save_grid(images, path, columns:int=8):
     "Write pictures `(N, 3, H, W)` in [0, 1] as one PNG"
     from PIL import Image
@@ -67,6 +70,7 @@ class Timer(Callback):
     def update(self, s): s.log |= {f'ms/{k}': round(v, 2) for k, v in stage.take().items()}
     def close(self): stage.on = False
 
+# %% ../../nbs/12_training/05_callbacks.ipynb #d366c94d
 class Alarms(Callback):
     "Statistics of the candidates' pictures, and what a judge that is not trained on says of them"
     order = 30
@@ -79,6 +83,7 @@ class Alarms(Callback):
         if self.watch:
             s.log[f'held-out/{self.watch.name}'] = self.watch(ims, s.prompts*len(s.pictures)).nanmean().item()
 
+# %% ../../nbs/12_training/05_callbacks.ipynb #de36cba3
 class Tracker(Callback):
     "Any tracker of accelerate by its name: tensorboard, wandb, …"
     order = 70

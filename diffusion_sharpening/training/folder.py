@@ -103,7 +103,8 @@ def check_unused(folder # For the results of a new run
                 ):
     "`FolderError` if another run, or a file of somebody else, has the place of the results"
     there = [n for n in (*RESULTS, 'manifest.json') if os.path.lexists(Path(folder)/n)]
-    if there == ['manifest.json'] and owned(folder): return    # a run that was killed before it had done anything
+    # a run that was killed before it had done anything
+    if there == ['manifest.json'] and owned(folder): return
     what = describe(folder)
     if what:
         how = next((f'{v} {folder}, or ' for k, v in _what_to_do.items() if what.startswith(k)), '')
@@ -124,7 +125,9 @@ def go_on(folder, # Locked, of a run whose checkpoint was restored
           run:dict # What is asked for now
          ):
     "Take up the run in a folder; `FolderError`, and nothing written, if a file there is somebody else's"
-    folder = Path(folder); own = owned(folder) or RESULTS           # runs of earlier versions have no manifest
+    # runs of earlier versions have no manifest
+    folder = Path(folder)
+    own = owned(folder) or RESULTS
     if odd := [n for n in RESULTS if os.path.lexists(folder/n) and n not in own]:
         raise FolderError(f"resume: {folder} has {', '.join(odd)}, not of this run; move it away")
     if rep := read_report(folder): os.replace(folder/'report.json', folder/f"report-{rep.get('batches', 0)}.json")
