@@ -131,8 +131,8 @@ def fine_tune(out:Path, # Folder of the run
     source = source_of(d, made, run, texts, images)
     exam, t0 = judges(judge, held or texts[:1]), time.time()
     before = evaluate(d, held, exam, S_eval) if held else None
-    about = dict(method=method, model=model, reward=reward, images=images, prompts=prompts_digest(texts))
-    plan = Plan(method, f'{method} ({preset}) of {Path(model).name}')
+    about = dict(method=method, model=model, reward=reward, images=images, prompts=prompts_digest(source.prompts))
+    plan = Plan(f'{method} ({preset}) of {Path(model).name}')
     other = next((r for k, r in exam.items() if k != judge.name), None)
     beside = callbacks(out, about, other, tracker, resume, plan)
     out.mkdir(parents=True, exist_ok=True)

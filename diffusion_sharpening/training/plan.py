@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from ..models.cond import Cond
-from ..methods.catalog import method as find_method
-from ..methods.sharpening import guided, keeps_graph
+from ..data.sources import Pictures, Prompts
 from ..models.denoiser import Denoiser
 from ..rewards.protocol import Reward
 from ..maths.samplers import time_grid
