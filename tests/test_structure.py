@@ -1,5 +1,5 @@
 """How the library is built, read from its code: rooms that import only from rooms above, no circles, no world
-named outside its room, small modules and cells. `structure.json` lists what does not hold yet, as counts by rule
+named outside its room, small modules and cells. `structure.json` lists what does not hold yet, by rule
 and file, and may only shrink: `python tests/test_structure.py` takes out what was mended. What a file that is
 gone was allowed goes to files that are new.
 """
@@ -42,7 +42,7 @@ def absolute(o, module):
     return '.'.join([*up, *([o.module] if o.module else [])])
 
 def imported(tree, module=''):
-    "Dotted names that `tree` of `module` imports from this package, also by text (`'rewards.clip:CLIPScore'`)"
+    "Dotted names that `tree` of `module` imports from this package, by text too (`'rewards.clip:CLIPScore'`)"
     pre, out = lib.name + '.', []
     for o in ast.walk(tree):
         if isinstance(o, ast.Import): out += [a.name for a in o.names]
@@ -78,7 +78,8 @@ def circles():
 def worlds_named():
     "Code outside `worlds` that names a world or its exam: in texts and in imports"
     outside = {p: (parsed(p), m) for p, m in modules().items() if m.split('.')[0] != 'worlds'}
-    return [(place(p), s) for p, (t, m) in outside.items() for s in texts(t) + imported(t, m) if WORLDS.search(s)]
+    return [(place(p), s) for p, (t, m) in outside.items() for s in texts(t) + imported(t, m)
+            if WORLDS.search(s)]
 
 def long_modules():
     "Modules of more than 400 lines"
