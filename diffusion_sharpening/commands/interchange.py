@@ -10,6 +10,7 @@ import json, os, shutil, tempfile, torch
 from pathlib import Path
 from ..models.policies import lora_file, read_lora
 from ..basics.words import one_of
+from ..evaluation.tables import changes
 from ..models.counting import anatomy
 from ..basics.seeds import START, noise
 
@@ -152,12 +153,7 @@ def _front(rep, full):
 
 def _results(rep):
     if not rep.get('delta'): return ['Nothing was measured on held-out prompts.']
-    def line(name, b, a, d):
-        change = f"{d['mean']:+.3f} [{d['low']:+.3f}, {d['high']:+.3f}]"
-        return f"| {name} | {b['mean']:.3f} | {a['mean']:.3f} | {change} |"
-    sides = [rep[k] for k in ('before', 'after', 'delta')]
-    rows = [line(f"reward ({rep['reward']})", *(o['reward'] for o in sides))]
-    rows += [line(f'checker, {k}', *(o['checker'][k] for o in sides)) for k in sides[0].get('checker', {})]
+    rows = [f'| {" | ".join(row)} |' for row in changes(rep)]
     return [f"{rep['heldout_prompts']} held-out prompts, the same seeds before and after; 95 % intervals of the "
             'change. The reward was trained on.', '',
             '| | before | after | change |', '|---|---|---|---|', *rows]

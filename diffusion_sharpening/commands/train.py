@@ -13,12 +13,14 @@ from .heldout import heldout_prompts, judges
 from .interchange import check_decode
 from .load import load_model, output_folder
 from .options import read_config
+from ..basics.files import write_json
 from .provenance import provenance
 from .report import compared, suspicions, watched
 from ..data.latents import Latents, latents_dir
 from ..data.pictures import image_pairs
 from ..data.tables import prompt_set, shapes_pairs
-from ..evaluation.measure import before_after, curve, evaluate
+from ..evaluation.figures import before_after, curve
+from ..evaluation.measure import all_scores, evaluate
 from ..names.catalog import load_reward
 from ..training.callbacks import Alarms, Checkpoint, Log, Progress, Timer, Tracker
 from ..training.loop import settings, train as fit
@@ -72,6 +74,7 @@ def write_results(out:Path, # Folder of the run
     else: model.save_pipeline(out/'model')
     rows = [r for r in history if 'reward' in r]
     if rows: curve(rows, out/'reward_curve.png')
+    if before: write_json(out/'scores.json', all_scores(before, after))
     if before: before_after(before, after, out/'before_after.png', [*before.scores][-1])
     (out/'report.json').write_text(json.dumps(rep, indent=1)+'\n')
 
@@ -111,7 +114,8 @@ def fine_tune(out:Path, # Folder of the run
     before = evaluate(d, held, exam, S_eval) if held else None
     about = dict(method=method, model=model, reward=reward, images=images, prompts=prompts_digest(texts))
     plan = Plan(method, f'{method} ({preset}) of {Path(model).name}')
-    beside = callbacks(out, about, exam.get('checker'), tracker, resume, plan)
+    other = next((r for k, r in exam.items() if k != judge.name), None)
+    beside = callbacks(out, about, other, tracker, resume, plan)
     out.mkdir(parents=True, exist_ok=True)
     asked = dict(method=method, model=model, reward=reward, prompts=prompts, images=images, preset=preset,
                  heldout=heldout, S_eval=S_eval, tracker=tracker, changes=changes)
@@ -119,13 +123,15 @@ def fine_tune(out:Path, # Folder of the run
     s = fit(d, method, judge, texts, run, cfg, latents, beside)
     if s.stop: return stopped(out, method, s)
     after = evaluate(d, held, exam, S_eval) if held else None
-    rep = dict(method=method, preset=preset, model=model, reward=reward, seed=run.seed, steps=run.steps,
+    rep = dict(method=method, preset=preset, model=model, reward=reward, judge=judge.name,
+               seed=run.seed, steps=run.steps,
                seconds=round(time.time()-t0, 1), seconds_training=round(s.seconds, 1),
                settings=dict(run=asdict(run), method=asdict(cfg)), guidance=d.guidance,
                prompts_sha256=about['prompts'], batches=s.k, nfe_training=s.nfe, skipped=s.skipped,
                heldout_prompts=len(held))
-    if held: rep |= compared(before, after, judge.name)
-    rep['alarms'] = dict(watched=watched(s.history), rang=suspicions(before, after, judge.name) if held else [])
+    if held: rep |= compared(before, after)
+    rang = suspicions(before, after, judge.name) if held else []
+    rep['alarms'] = dict(watched=watched(s.history), rang=rang)
     rep['judges'] = {r.name: r.report() for r in getattr(judge, 'rewards', [judge]) if hasattr(r, 'report')}
     if s.rank == 0: write_results(out, d, rep | provenance(), s.history, before, after, run.rank > 0)
     return rep
