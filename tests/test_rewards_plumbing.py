@@ -13,6 +13,7 @@ from diffusion_sharpening.rewards.protocol import Reward, RewardError
 from diffusion_sharpening.evaluation.alarms import alarms, image_stats, picture_stats, shifts
 from diffusion_sharpening.rewards.mixture import (
     HOW, Combined, borda, combine, group_scores, neutral, rank, zscore)
+from diffusion_sharpening.names.catalog import USES
 from diffusion_sharpening.names.grammar import Part
 from diffusion_sharpening.rewards.own import Own, load_function
 from diffusion_sharpening.names.grammar import parse_spec
@@ -207,7 +208,7 @@ def test_names_round_trip(name, which, weight):
                                   'clip:1e999', 'clip@', 'clip@""', '@shapes', ':2', '!', 'clip!!', 'clip hps', 'bordo(clip)', 'rank(clip', 'rank()',
                                   'mine.py', 'mine.py:', 'mine.py:1f', 'a b.c:f!', '3.5'])
 def test_bad_names(spec):
-    with pytest.raises(ValueError, match='^reward') as e: parse_spec(spec)
+    with pytest.raises(ValueError, match='^reward') as e: parse_spec(spec, USES)
     assert '\n' not in str(e.value)
 
 
