@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 diffusers = pytest.importorskip('diffusers')
 from diffusion_sharpening.commands import train as command
 from diffusion_sharpening.commands.load import load_model, quiet
-from diffusion_sharpening.models.policies import lora_file
+from diffusion_sharpening.models.lora import lora_file
 from diffusion_sharpening.maths.losses import log_ratio, preference
 from diffusion_sharpening.methods.catalog import method
 from diffusion_sharpening.methods.sharpening import (

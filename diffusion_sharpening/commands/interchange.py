@@ -8,7 +8,7 @@ __all__ = ['LAYOUTS', 'kohya_name', 'to_kohya', 'from_kohya', 'export', 'model_c
 # %% ../../nbs/13_commands/01_interchange.ipynb #36b650f5
 import json, os, shutil, tempfile, torch
 from pathlib import Path
-from ..models.policies import lora_file, read_lora
+from ..models.lora import lora_file, read_lora
 from ..basics.words import one_of
 from ..evaluation.tables import changes
 from ..models.counting import anatomy

@@ -38,6 +38,7 @@ def picture_source(model, # `Denoiser`
         return texts, model.latents(ims, chunk=32)
     step = model.pipe.vae_scale_factor*2**(len(model.policies.net.config.block_out_channels)-1)
     ps = image_pairs(source, model.size[0] if buckets else model.size, buckets, step)
+    ps.check()
     return ps.captions, Latents(ps, model, latents_dir())
 
 # %% ../../nbs/13_commands/08_train.ipynb #941df7ea

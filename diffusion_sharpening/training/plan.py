@@ -12,7 +12,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from ..models.families import Cond
+from ..models.cond import Cond
 from ..methods.catalog import method as find_method
 from ..methods.sharpening import guided, keeps_graph
 from ..models.denoiser import Denoiser
