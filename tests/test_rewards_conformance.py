@@ -1,5 +1,6 @@
-"""What every reward keeps to, each at small size through the class that users run: shape and order, copies, the grad
-mode, and errors that name the judge."""
+"""What every reward keeps to, each at small size through the class that users run: shape and order,
+copies, the grad mode, and errors that name the judge.
+"""
 import json, sys
 from pathlib import Path
 import pytest, torch
@@ -15,8 +16,9 @@ from diffusion_sharpening.rewards.protocol import NonFinite, Reward, RewardError
 from diffusion_sharpening.worlds.shapes.draw import picture
 
 torch.set_num_threads(1)
-TEXTS = [f'a {c} {s} to the left of a {d} star' for c, s, d in (('red', 'circle', 'blue'), ('cyan', 'square', 'red'),
-                                                               ('blue', 'heart', 'green'), ('green', 'cross', 'cyan'))]
+WORDS = [('red', 'circle', 'blue'), ('cyan', 'square', 'red'), ('blue', 'heart', 'green'),
+         ('green', 'cross', 'cyan')]
+TEXTS = [f'a {c} {s} to the left of a {d} star' for c, s, d in WORDS]
 
 
 def compbench(folder):
@@ -103,8 +105,8 @@ def test_errors_name_the_judge(name, made, pictures):
     assert str(e.value).startswith(r.name)
     def stops(images, prompts): raise SystemExit(1)
     wrong = [(lambda x, t: [1.]*3, 'expected 4 scores'), (lambda x, t: ['a']*4, 'expected 4 scores'),
-             (lambda x, t: torch.ones(4, 1), 'expected 4 scores'), (lambda x, t: [float('inf')]*4, 'not finite'),
-             (stops, 'sys.exit')]
+             (lambda x, t: torch.ones(4, 1), 'expected 4 scores'),
+             (lambda x, t: [float('inf')]*4, 'not finite'), (stops, 'sys.exit')]
     if not r.may_fail: wrong.append((lambda x, t: [float('nan')]*4, 'not finite'))
     for score, what in wrong:
         patch = replaced(r, score)

@@ -32,10 +32,10 @@ threading.Thread(target=wait, daemon=True).start()
 runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"""
 
 def dependent(module:str, # What `python -m` would run
-         *args, # Its arguments
-         folder='', # Removed when this process is gone
-         **popen # For `subprocess.Popen`
-        )->subprocess.Popen: # Ends when this process does, by whatever means; close its `stdin` to end it
+              *args, # Its arguments
+              folder='', # Removed when this process is gone
+              **popen # For `subprocess.Popen`
+             )->subprocess.Popen: # Ends when this process does, by whatever means; close its `stdin` to end it
     "Run a module in a process that does not outlive this one"
     env = dict(popen.pop('env', os.environ), DEPENDENT_FOLDER=str(folder))
     cmd = [sys.executable, '-c', _DEPENDENT, module, *args]
