@@ -35,7 +35,7 @@ def dependent(module:str, # What `python -m` would run
               *args, # Its arguments
               folder='', # Removed when this process is gone
               **popen # For `subprocess.Popen`
-             )->subprocess.Popen: # Ends when this process does, by whatever means; close its `stdin` to end it
+             )->subprocess.Popen: # Ends when this process does, or when its `stdin` is closed
     "Run a module in a process that does not outlive this one"
     env = dict(popen.pop('env', os.environ), DEPENDENT_FOLDER=str(folder))
     cmd = [sys.executable, '-c', _DEPENDENT, module, *args]
