@@ -1,4 +1,4 @@
-"Combined rewards, a reward over HTTP, rewards of one's own, and scoring a folder: equivalences, faults and kills"
+"Combined rewards, a reward over HTTP, and rewards of one's own: equivalences, faults and kills"
 import csv, json, math, multiprocessing, os, signal, sys, threading, time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,8 +19,6 @@ from diffusion_sharpening.rewards.own import Own, load_function
 from diffusion_sharpening.names.grammar import parse_spec
 from diffusion_sharpening.rewards.remote import (
     Remote, answer, make_server, pack, post, serve, serving, unpack)
-from diffusion_sharpening.commands.score import (
-    fingerprints, list_images, open_journal, read_image, read_pairs, score_folder, summarise, write_scores)
 
 CLIP = weights('shapes-clip')
 
@@ -448,7 +446,7 @@ def test_png_is_lossless():
     assert prompts == ['ü "q"\n'] and images[0].shape == (3, 8, 8)
 
 
-# Scoring a folder
+# A folder, scored here and over HTTP
 
 @pytest.fixture
 def folder(tmp_path):
@@ -462,119 +460,6 @@ def folder(tmp_path):
 
 def table(path):
     with (path/'scores.csv').open(newline='') as f: return list(csv.DictReader(f))
-
-
-def test_scores_of_a_folder(folder):
-    res = score_folder(Light(), folder/'pics', folder/'p.txt', folder/'out', batch=5, device='cpu')
-    rows = table(folder/'out')
-    want = [20*i/255/3 + (i or 4) for i in range(12)]
-    assert [float(r['score']) for r in rows] == pytest.approx(want, abs=1e-5)
-    assert [r['file'] for r in rows] == [f'im {i}.png' for i in range(12)]
-    full = json.loads((folder/'out'/'scores.json').read_text())
-    assert full['mean'] == pytest.approx(sum(want)/12, abs=1e-5) and full['low'] < full['mean'] < full['high'] and len(full['scores']) == 12
-    assert res['new'] == 12 and score_folder(Light(), folder/'pics', folder/'p.txt', folder/'out', device='cpu')['new'] == 0
-    Image.new('RGB', (8, 8)).save(folder/'pics'/'grid.png')
-    assert 'grid.png' not in list_images(folder/'pics')
-
-
-class Slow(Reward):
-    "Takes its time and writes down what it was asked"
-    name = 'slow'
-    def __init__(self, log): self.log = log
-    def score(self, images, prompts):
-        with self.log.open('a') as f: f.write(f'{len(prompts)}\n')
-        time.sleep(.1)
-        return images.mean((1, 2, 3))
-
-
-@forks
-def test_killed_and_resumed(folder):
-    "SIGKILL in the middle: what was done is kept, a torn line is mended, nothing is scored twice"
-    args, journal = (Slow(folder/'calls'), folder/'pics', folder/'p.txt', folder/'out', 2, 'cpu'), folder/'out'/'scores.jsonl'
-    p = fork.Process(target=score_folder, args=args)
-    p.start()
-    end = time.time() + 60
-    while time.time() < end and not (journal.exists() and journal.read_text().count('\n') >= 5): time.sleep(.01)
-    os.kill(p.pid, signal.SIGKILL); p.join()
-    kept = journal.read_text().count('\n') - 1
-    assert 4 <= kept < 12 and not (folder/'out'/'scores.csv').exists()
-    with journal.open('a') as f: f.write('{"file": "im 9.p')
-    assert score_folder(*args)['new'] == 12 - kept
-    assert len(table(folder/'out')) == 12 and journal.read_text().count('\n') == 13
-    assert sum(map(int, (folder/'calls').read_text().split())) <= 12 + 2     # at most the batch under way is scored again
-
-
-def test_changes_are_noticed(folder):
-    args = Light(), folder/'pics', folder/'p.txt', folder/'out', 4, 'cpu'
-    score_folder(*args)
-    Image.new('RGB', (8, 8), (0, 99, 0)).save(folder/'pics'/'im 3.png')
-    Image.new('RGB', (8, 8), (0, 50, 0)).save(folder/'pics'/'im 12.png')
-    (folder/'p.txt').write_text('\n'.join(['new'] + ['x'*i for i in range(1, 12)] + ['more']))
-    assert score_folder(*args)['new'] == 3
-    assert float(table(folder/'out')[3]['score']) == pytest.approx(3 + 33/255, abs=1e-5)
-
-
-def test_a_mixture_has_a_column_each(folder):
-    m = Mixture([Light(), Red(), Light()], [1., .1, 2.])
-    score_folder(m, folder/'pics', folder/'p.txt', folder/'out', device='cpu')
-    r = {k: float(v) for k, v in table(folder/'out')[6].items() if k not in ('file', 'prompt')}
-    assert list(r) == ['score', 'light 1', 'red', 'light 3']
-    assert r['score'] == pytest.approx(3*r['light 1'] + .1*r['red'], abs=1e-4)
-
-
-def test_no_score_is_empty_and_asked_again(folder):
-    args = Light(may_fail=True), folder/'pics', folder/'p.txt', folder/'out'
-    res = score_folder(*args, device='cpu')                            # the first picture is black
-    assert (res['failed'], res['new']) == (1, 12) and table(folder/'out')[0]['score'] == ''
-    assert json.loads((folder/'out'/'scores.json').read_text())['scores'][0]['score'] is None
-    assert score_folder(*args, device='cpu')['new'] == 1
-    assert summarise([dict(score=None)])['mean'] is None
-
-
-def test_what_stops_a_folder(folder):
-    d, p, out = folder/'pics', folder/'p.txt', folder/'out'
-    def fails(part, images=d, prompts=p, reward=Light(), **kw):
-        with pytest.raises(ValueError) as e: score_folder(reward, images, prompts, kw.pop('out', out), **kw)
-        one_line(e, part)
-    fails('no folder', images=folder/'none'); fails('cannot read', prompts=folder/'none'); fails('cannot read', prompts=folder)
-    fails('expected at least one picture', batch=0)
-    (folder/'bin.txt').write_bytes(b'\xff\xfe\x00'); fails('not UTF-8', prompts=folder/'bin.txt')
-    (folder/'few.txt').write_text('a\nb'); fails('found 12 pictures in', prompts=folder/'few.txt')
-    (folder/'gap.txt').write_text('a\n\n' + 'b\n'*10); fails('line 2', prompts=folder/'gap.txt')
-    (folder/'t.csv').write_text('file,prompt\nim 1.png,a\nim 77.png,b\n'); fails('the first, im 77.png, is missing', prompts=folder/'t.csv')
-    (folder/'t.csv').write_text('file;prompt\nim 1.png;a\n'); fails('columns file and prompt', prompts=folder/'t.csv')
-    fails("did you mean 'clip'", reward='clpi')
-    (folder/'file').write_text(''); fails('cannot make the folder', out=folder/'file')
-    empty = folder/'empty'; empty.mkdir(); fails('found none', images=empty)
-    assert not out.exists()                                            # nothing was written for any of these
-    score_folder(Light(), d, p, out, device='cpu'); fails("holds scores of 'light', not 'red'", reward=Red())
-
-
-@pytest.mark.parametrize('data', [b'', b'text', 'cut', 'flip'])
-def test_broken_pictures(folder, data):
-    f = folder/'pics'/'im 5.png'
-    raw = f.read_bytes()
-    f.write_bytes(dict(cut=raw[:-30], flip=raw[:45] + bytes([raw[45] ^ 255]) + raw[46:])[data] if isinstance(data, str) else data)
-    with pytest.raises(ValueError, match='1 of 12 in .* im 5.png, is') as e: score_folder(Light(), folder/'pics', folder/'p.txt', folder/'out', device='cpu')
-    assert '\n' not in str(e.value) and not (folder/'out').exists()
-
-
-def test_broken_jpeg_stops_late_and_loses_nothing(folder):
-    "A cut JPEG looks sound from outside; the scores before it are kept, and the mended folder goes on from there"
-    d = folder/'pics'
-    for i in range(12): Image.effect_noise((64, 64), 50).convert('RGB').save(d/f'im {i}.jpg'); (d/f'im {i}.png').unlink()
-    raw = (d/'im 7.jpg').read_bytes(); (d/'im 7.jpg').write_bytes(raw[:len(raw)//2])
-    args = Light(), d, folder/'p.txt', folder/'out', 3, 'cpu'
-    with pytest.raises(ValueError, match=r'im 7.jpg is not a readable picture .*the other 6 scores are kept') as e: score_folder(*args)
-    assert '\n' not in str(e.value)
-    (d/'im 7.jpg').write_bytes(raw)
-    assert score_folder(*args)['new'] == 6
-
-
-def test_damaged_journals(tmp_path):
-    for text in ('[]\n', '{}\n', '{"reward": "clip"}\n{"file": "a"}\n', 'x\n'):
-        (tmp_path/'j').write_text(text)
-        with pytest.raises(ValueError, match='is damaged; remove it'): open_journal(tmp_path/'j', 'clip')
 
 
 # Image statistics
