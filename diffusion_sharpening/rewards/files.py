@@ -83,6 +83,7 @@ def _asks_for(e): # The class or function that PyTorch's restricted reader refus
     found = re.search(r'GLOBAL ([\w.]+)', str(e))
     return found and found[1]
 
+# %% ../../nbs/04_rewards/02_files.ipynb #71f73ba7
 def _is_zip(path):
     with open(path, 'rb') as f: return f.read(2) == b'PK'
 
