@@ -7,28 +7,26 @@ __all__ = ['method_settings', 'methods', 'settings_said', 'methods_said', 'rewar
 
 # %% ../../nbs/13_commands/12_lists.ipynb #e6c9f54d
 import json
-from dataclasses import asdict
-from ..basics.console import columns, number
+from ..basics.console import columns
 from ..basics.files import finite
 from ..basics.settings import settings_table
-from ..methods.catalog import METHODS, method as find_method
+from ..methods.catalog import METHODS, PRESETS, presets
 from ..names.catalog import USES, usable
-from ..training.loop import Run, settings
+from ..training.run import Run, settings
 
 # %% ../../nbs/13_commands/12_lists.ipynb #2123dfd5
 def method_settings(name:str, # Of a method
                     preset:str='default' # Of the method
                    )->list: # One dict per setting: name, default, about
     "Every setting with the default that runs"
-    run, cfg = settings(name, preset)
-    runs = asdict(cfg) | asdict(run)
-    return [s | dict(default=runs[s['name']]) for s in settings_table(type(cfg)) + settings_table(Run)]
+    run, made = settings(name, preset)
+    return settings_table(made) + settings_table(run)
 
 # %% ../../nbs/13_commands/12_lists.ipynb #e0d1891e
 def methods()->list: # One dict per method: name, about, presets, settings
     "The methods, their presets and settings"
-    return [dict(name=m.name, about=m.settings.__doc__, presets=m.presets, settings=method_settings(m.name))
-            for m in METHODS.values()]
+    return [dict(name=k, about=type(settings(k)[1]).__doc__, presets=list(presets(k)), settings=method_settings(k))
+            for k in [*PRESETS, *METHODS]]
 
 # %% ../../nbs/13_commands/12_lists.ipynb #92a5f055
 def settings_said(rows:list # From `method_settings`
@@ -56,7 +54,7 @@ def rewards()->list: # One dict per reward: name, needs, usable, how
 def rewards_said(found:list # From `rewards`
                 )->str:
     "The rewards as text"
-    return columns([[r['name'], r['how'] or 'usable', r['needs']] for r in found])
+    return columns([[r['name'], 'usable' if r['usable'] else 'not usable', r['how'], r['needs']] for r in found])
 
 # %% ../../nbs/13_commands/12_lists.ipynb #097674c6
 def as_json(found # What a command found

@@ -13,9 +13,11 @@ from results import write
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sdxl
-from diffusion_sharpening.training.callbacks import Checkpoint, Log
+from diffusion_sharpening.training.resume import Checkpoint
+from diffusion_sharpening.training.callbacks import Log
 from diffusion_sharpening.training.checkpoints import checkpoints, load_checkpoint
-from diffusion_sharpening.training.loop import settings, train
+from diffusion_sharpening.training.run import settings
+from diffusion_sharpening.training.loop import train
 
 root = Path(__file__).resolve().parents[2]
 TEXTS = ['a cat', 'a dog', 'a tree', 'a house']
