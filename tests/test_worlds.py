@@ -56,4 +56,4 @@ def test_it_rejects_near_outlines(shape):
 def test_a_flaw_counts_once():
     "Three in ten pixels of a wrong hue: the circle is there, it is one, and its colour is not the stated one"
     assert abs(bounds.two_inks(.3)[0] - 2/3) < .02
-    assert bounds.two_inks(.5, mixed=True)[1] < .1
+    assert bounds.two_inks(.5, mixed=True)[1] < .15 # Half way between opposite hues lies near a third one
