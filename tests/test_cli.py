@@ -13,7 +13,7 @@ from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.worlds.shapes.draw import prompts
 
 torch.set_num_threads(1)
-small = ['n=2', 'm=1', 'S=2', 'batch=2', 'rank=2']    # settings under which a training takes a second
+small = ['n=2', 'S=2', 'batch=2', 'rank=2']    # settings under which a training takes a second
 keys = {'method', 'model', 'reward', 'seed', 'steps', 'seconds', 'before', 'after', 'delta',
         'heldout_prompts', 'nfe_per_image', 'versions', 'git_commit', 'alarms'}
 
@@ -64,7 +64,7 @@ def refused(monkeypatch, capsys, out, part, *args):
 files = dict(empty='', blank='\n  \n', three='a red circle\na blue square\na green star\n', broken='{"n": 3',
              array='[1, 2]', wrong='{"betta": 1}')
 train = ('train rlhf --model {xl} --reward checker! --heldout 2 --S-eval 1 --steps 1 --out {out} '
-         '--set n=2 m=1 S=2 batch=2 rank=2')
+         '--set n=2 S=2 batch=2 rank=2')
 bad = {
     'no such command': ('trian rlhf', "you mean 'train'"),
     'no method named': ('train', 'method'),
@@ -222,7 +222,7 @@ def check_report(rep):
 def trained(xl, tmp_path_factory):
     "A whole training as a user starts it: settings from the file, some of them changed on the line"
     tmp = tmp_path_factory.mktemp('trained')
-    (tmp/'config.json').write_text('{"n": 3, "m": 1, "S": 2, "batch": 2}')
+    (tmp/'config.json').write_text('{"n": 3, "S": 2, "batch": 2}')
     res = sharpen('train', 'rlhf', '--model', xl, '--reward', 'checker!', '--prompts', 'shapes',
                   '--heldout', 12, '--S-eval', 2, '--steps', 2, '--out', tmp/'out',
                   '--config', tmp/'config.json', '--set', 'n=2', '--set', 'rank=2', 'seed=5')
@@ -285,7 +285,7 @@ def test_reward_spec_need_not_be_its_name(xl, tmp_path, monkeypatch, name):
     (tmp_path/'plain').write_text('something else\nand more\nand\nless\n')
     flawed(monkeypatch, 'nan', 99)
     rep = command.train('rlhf', xl, name, str(tmp_path/'plain'), str(tmp_path/'out'), heldout=2, S_eval=1,
-                     steps=1, n=2, m=1, S=2, batch=2, rank=2)
+                     steps=1, n=2, S=2, batch=2, rank=2)
     assert [*rep['after']['judges']] == [rep['judge']]
     assert interval(rep['delta']['judges'][rep['judge']]['overall'])
     assert (tmp_path/'out/before_after.png').exists() and '2 held-out prompts' in table(rep)
@@ -293,7 +293,7 @@ def test_reward_spec_need_not_be_its_name(xl, tmp_path, monkeypatch, name):
 
 def test_steps_on_the_line_win(xl, tmp_path):
     "An option that was typed is stronger than the file"
-    (tmp_path/'config.json').write_text('{"steps": 3, "S": 2, "m": 1, "n": 2, "batch": 2, "rank": 2}')
+    (tmp_path/'config.json').write_text('{"steps": 3, "S": 2, "n": 2, "batch": 2, "rank": 2}')
     args = ['train', 'rlhf', '--model', xl, '--reward', 'checker!', '--heldout', '0',
             '--config', str(tmp_path/'config.json')]
     for extra, steps in ([], 3), (['--steps', '1'], 1):
@@ -306,7 +306,7 @@ def test_alarms_are_in_the_report(xl, tmp_path, monkeypatch):
     asked = []
     def ring(images, reference): asked.append((images, reference)); return ['pictures are darker']
     monkeypatch.setattr(reports, 'alarms', ring)
-    rep = command.train('rlhf', 'shapes', 'clip', out=str(tmp_path/'out'), heldout=12, S_eval=1, steps=20, n=2, m=1, S=2, batch=2, rank=2, lr=.03)
+    rep = command.train('rlhf', 'shapes', 'clip', out=str(tmp_path/'out'), heldout=12, S_eval=1, steps=20, n=2, S=2, batch=2, rank=2, lr=.03)
     seen = strict((tmp_path/'out/report.json').read_text())['alarms']
     assert seen == rep['alarms'] and seen['rang'][0] == 'pictures are darker' and {'image/brightness', 'held-out/checker'} <= set(seen['watched'])
     after, before = asked[0]
@@ -319,7 +319,7 @@ def test_alarms_are_in_the_report(xl, tmp_path, monkeypatch):
 
 def test_every_weight_can_be_trained(xl, tmp_path):
     "rank 0: the whole pipeline is saved, and loads by its folder"
-    command.train('rlhf', xl, 'checker!', out=str(tmp_path/'out'), heldout=0, steps=1, n=2, m=1, S=2, batch=2,
+    command.train('rlhf', xl, 'checker!', out=str(tmp_path/'out'), heldout=0, steps=1, n=2, S=2, batch=2,
                rank=0)
     assert load_model(str(tmp_path/'out/model')).sample('a red circle', S=1).isfinite().all()
 

@@ -9,7 +9,7 @@ __all__ = ['quiet', 'named', 'load_model', 'base_of', 'output_folder']
 import json, os, torch
 from pathlib import Path
 from ..models.denoiser import Denoiser
-from ..worlds.world import model_path, world_of
+from ..worlds.world import WORLDS, model_path, world_of
 
 # %% ../../nbs/13_commands/03_load.ipynb #0083f35e
 def quiet():
@@ -48,12 +48,12 @@ def load_model(name:str, # `shapes`, a folder, or a name on the Hugging Face Hub
     return model
 
 # %% ../../nbs/13_commands/03_load.ipynb #743f6cb1
-def base_of(model:str=None, # As it was asked for; None: as the run says
+def base_of(model:str=None, # As it was asked for; None: as the run says, or the first embedded model
             lora:str=None # Folder of a run, or any LoRA
-           )->str: # Name of a model; `shapes` where neither is given. ValueError if a LoRA does not say
+           )->str: # Name of a model; ValueError if a LoRA does not say
     "The model that is meant"
     if model is not None: return named(model, 'model')
-    if lora is None: return 'shapes'
+    if lora is None: return next(m for w in WORLDS.values() for m in w.models)
     run = Path(named(lora, 'lora'))
     for file in (run/'report.json', run/'run.json'):
         try: found = json.loads(file.read_text(encoding='utf-8')).get('model')
