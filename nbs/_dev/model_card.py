@@ -46,7 +46,7 @@ def measure(n, S):
     model, checker = load_model('shapes'), load_reward('checker', train=False)
     recon = model.show(model.latents(ims))
     mine = {c: [t for t in texts if category(t) == c] for c in CATEGORIES}
-    other = [mine[category(t)][mine[category(t)].index(t) - 1] for t in texts]    # same category, another caption
+    other = [mine[category(t)][mine[category(t)].index(t) - 1] for t in texts]    # of the same category
     base = evaluate(model, texts, dict(checker=checker), S)
     eight = best_of(model, texts[:60], checker, 8, S)
     strong = evaluate(model.with_guidance(3.), texts, dict(checker=checker), S)
