@@ -45,9 +45,8 @@ def batch(d, n=()):
 
 
 def stock(d, start, S=6, guidance=4., lora=None):
-    "Pictures of diffusers' own pipeline, with its DDIM scheduler, from the same start"
+    "Pictures of diffusers' own pipeline, with the scheduler it ships, from the same start"
     pipe = diffusers.DiffusionPipeline.from_pretrained(d.pipe.config._name_or_path)
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     if lora: pipe.load_lora_weights(lora)
     return pipe(PROMPTS, latents=start.clone(), num_inference_steps=S, guidance_scale=guidance, height=64, width=64,
@@ -61,7 +60,7 @@ def stock(d, start, S=6, guidance=4., lora=None):
 def test_sample_equals_pipeline(models, layout, guidance):
     d, seeds = load(models, layout, guidance=guidance), torch.tensor([3, 4])
     torch.testing.assert_close(d.sample(PROMPTS, seeds, S=6), stock(d, noise(seeds, START, d.item), 6, guidance),
-                               atol=1e-3, rtol=0)
+                               atol=1e-4, rtol=0)
 
 
 def test_parts_equal_whole(models):
