@@ -55,7 +55,7 @@ def evaluate(model, # Any model
         for i in range(0, len(prompts), chunk):
             own = slice(i, i+chunk)
             x = noise(seeds[own], START, model.item, model.device)
-            tr = rollout(model.predict, model.schedule, x, ts, cond[own], eta, seeds[own], keep=False)
+            tr = rollout(model, x, ts, cond[own], eta, seeds[own], keep=False)
             ends.append(model.show(tr.end, chunk).cpu())
             nfe += tr.nfe
             bar.update(len(x))
