@@ -6,7 +6,10 @@ from safetensors.torch import load_file, save_file
 
 diffusers = pytest.importorskip('diffusers')
 from diffusion_sharpening.models.lora import lora_file
+from diffusion_sharpening.maths.schedules import VP, Flow
 from diffusion_sharpening.models.denoiser import Denoiser
+from diffusion_sharpening.models.protocol import check_model
+from diffusion_sharpening.models.toy import Gaussian, Toy, TwoModes
 from diffusion_sharpening.models.tiny import make_tokenizer, tiny_sd, tiny_sdxl, tiny_vae
 from diffusion_sharpening.basics.seeds import START, noise
 from diffusion_sharpening.maths.rollout import rollout
@@ -51,6 +54,38 @@ def stock(d, start, S=6, guidance=4., lora=None):
     if lora: pipe.load_lora_weights(lora)
     return pipe(PROMPTS, latents=start.clone(), num_inference_steps=S, guidance_scale=guidance, height=64, width=64,
                 output_type='pt').images
+
+
+# The contract
+
+@pytest.mark.parametrize('make', [tiny_sdxl, tiny_sd])
+@pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction', 'sample'])
+@pytest.mark.parametrize('learning', [lambda d: d, lambda d: d.add_lora(rank=2), lambda d: d.add_full(keep_base=True)])
+def test_a_denoiser_is_a_model(tmp_path, make, prediction, learning):
+    make(tmp_path, words=WORDS, prediction=prediction)
+    for guidance in (1., 3.):
+        d = learning(Denoiser.from_pretrained(tmp_path, guidance, device='cpu'))
+        check_model(d, PROMPTS, torch.rand(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize('kind', [TwoModes, Gaussian])
+@pytest.mark.parametrize('item', [(1,), (3, 2), (4, 8, 8)])
+@pytest.mark.parametrize('schedule', [VP.scaled_linear(), Flow()])
+def test_a_toy_is_a_model(kind, item, schedule):
+    check_model(kind(schedule=schedule, item=item), PROMPTS, torch.randn(2, *item), 0.)
+
+
+BREAKS = dict(
+    dtype=('float32', lambda d, x, t, c: tuple(o.double() for o in Toy.predict(d, x, t, c))),
+    mixed=('do not make up x_t', lambda d, x, t, c: Toy.predict(d, x, t, c)[::-1]),
+    company=('together and alone', lambda d, x, t, c: Toy.predict(d, x, t, c) if x.ndim < 3 else
+             tuple(o.roll(1, 0) for o in Toy.predict(d, x, t, c))))
+
+
+@pytest.mark.parametrize('message, predict', BREAKS.values(), ids=BREAKS)
+def test_a_model_that_breaks_the_contract_is_found(message, predict):
+    d = type('Odd', (TwoModes,), dict(predict=lambda self, x, t, c=None: predict(self, x, t, c)))()
+    with pytest.raises(AssertionError, match=message): check_model(d, PROMPTS)
 
 
 # Sampling

@@ -61,9 +61,9 @@ def adapter(d, file, names=str, **header):
     return file
 
 
-HEADERS = dict(plain=dict(lora_alpha=8), rslora=dict(lora_alpha=16, use_rslora=True),
+HEADERS = dict(plain=dict(lora_alpha=8), rslora=dict(lora_alpha=4, use_rslora=True),
                alphas=dict(lora_alpha=8, alpha_pattern={'attn1.to_q': 1, 'to_out.0': 12}),
-               both=dict(lora_alpha=8, use_rslora=True, alpha_pattern={'attn2.to_k': 2}), none={})
+               both=dict(lora_alpha=4, use_rslora=True, alpha_pattern={'attn2.to_k': 2}), none={})
 
 
 @pytest.mark.parametrize('header', HEADERS)
@@ -231,7 +231,8 @@ def test_scheduler_settings_without_effect_are_named(copied, name, settings, nam
     assert len(lines) == 1 and named in lines[0] and '\n' not in lines[0]
 
 
-@pytest.mark.parametrize('name, spacing', [('LCMScheduler', 'leading'), ('EulerDiscreteScheduler', 'trailing')])
+@pytest.mark.parametrize('name, spacing', [('LCMScheduler', 'leading'),
+                                           ('EulerDiscreteScheduler', 'trailing')])
 def test_distilled_models_are_pointed_out(copied, name, spacing):
     with pytest.warns(UserWarning, match='distilled for 1 to 4 steps'):
         load(_scheduled(copied, name, timestep_spacing=spacing))

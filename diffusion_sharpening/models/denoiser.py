@@ -167,8 +167,8 @@ def say_cut(self:Denoiser,
     if long := self.cut(prompts):
         self.cut_said = True
         limit = self.pipe.tokenizer.model_max_length
-        warnings.warn(f'prompts: {len(long)} of {len(prompts)} are longer than the {limit} tokens that the text '
-                      f'encoder reads; the end of them is not seen. The first: {long[0]!r:.80}', stacklevel=3)
+        warnings.warn(f'prompts: {len(long)} of {len(prompts)} are longer than the {limit} tokens that the '
+                      f'text encoder reads, and cut there. The first: {long[0]!r:.80}', stacklevel=3)
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #b19eaffc
 @patch(as_prop=True)
@@ -307,7 +307,8 @@ def save_pipeline(self:Denoiser,
     "Save a fully fine-tuned model as a diffusers pipeline"
     if self.text_encoders[0] is None:
         raise ValueError('save_pipeline: the text encoders were freed; they are part of a pipeline')
-    if self.policies.named and not self.full or self.policies.carried: raise ValueError('save_pipeline: there are adapters; use save_lora')
+    if self.policies.carried or self.named and not self.full:
+        raise ValueError('save_pipeline: there are adapters; use save_lora')
     self.pipe.save_pretrained(dir)
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #3e6a3815

@@ -32,10 +32,11 @@ def variant_of(
 ) -> str: # Variant to load; None: the plain files. ValueError where there are only pickles
     "Which weight files of a folder to read"
     folder = Path(folder)
-    stems, pickles = [p.stem for p in folder.glob('*.safetensors')], [*folder.glob('*.bin'), *folder.glob('*.ckpt')]
+    stems = [p.stem for p in folder.glob('*.safetensors')]
+    pickles = [*folder.glob('*.bin'), *folder.glob('*.ckpt')]
     if pickles and not stems:
-        raise ValueError(f'model: {folder} has only pickled weights ({pickles[0].name}), which are not opened; '
-                         'convert them once, if you trust their source, with diffusers: '
+        raise ValueError(f'model: {folder} has only pickled weights ({pickles[0].name}), which are not '
+                         'opened; convert them once, if you trust their source, with diffusers: '
                          'DiffusionPipeline.from_pretrained(…).save_pretrained(…, safe_serialization=True)')
     named = {s.partition('.')[2].split('-')[0] for s in stems}
     return variant or (named.pop() if len(named) == 1 else None) or None
@@ -56,8 +57,8 @@ def load_part(
     except Exception as e: raise _load_error(str(name), e) from None
     for what, keys in (('lacks', info['missing_keys']), ('has unknown', info['unexpected_keys'])):
         if keys:
-            raise ValueError(f'model: {name}: {part} {what} {len(keys)} weights, the first {sorted(keys)[0]}; '
-                             f'are its files those of a {kind.__name__} of this config?')
+            raise ValueError(f'model: {name}: {part} {what} {len(keys)} weights, the first '
+                             f'{sorted(keys)[0]}; are its files those of a {kind.__name__} of this config?')
     return net
 
 # %% ../../nbs/03_models/09_loading.ipynb #47048cee
@@ -65,7 +66,8 @@ def _networks(name):  # Part → class of every network that makes pictures, as 
     from diffusers import DiffusionPipeline
     try: index = DiffusionPipeline.load_config(str(name))
     except Exception as e: raise _load_error(str(name), e) from None
-    parts = {k: v for k, v in index.items() if isinstance(v, (list, tuple)) and v[0] in ('diffusers', 'transformers')}
+    pairs = {k: v for k, v in index.items() if isinstance(v, (list, tuple))}
+    parts = {k: v for k, v in pairs.items() if v[0] in ('diffusers', 'transformers')}
     kinds = {k: getattr(importlib.import_module(lib), kind, None) for k, (lib, kind) in parts.items()}
     return {k: c for k, c in kinds.items() if isinstance(c, type) and issubclass(c, torch.nn.Module)}
 
@@ -91,6 +93,7 @@ def _check_name(name):  # Could this be a model at all?
     if not path.exists() and (str(name).count('/') != 1 or str(name)[0] in './~'):
         raise ValueError(f'model: expected a folder or a Hub name like owner/model; found no {name}')
 
+# %% ../../nbs/03_models/09_loading.ipynb #f14c85cc
 def load_pipeline(
     name, # Folder with `model_index.json`, or a name on the Hugging Face Hub
     dtype=torch.float32, # Of the weights
@@ -102,7 +105,8 @@ def load_pipeline(
     parts = {k: load_part(name, k, c, dtype, variant) for k, c in _networks(name).items()}
     if Path(name).is_dir(): variant = variant_of(Path(name)/'unet', variant)
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(name), dtype=dtype, variant=variant, use_safetensors=True, **parts)
+        pipe = DiffusionPipeline.from_pretrained(str(name), dtype=dtype, variant=variant,
+                                                 use_safetensors=True, **parts)
     except Exception as e: raise _load_error(str(name), e) from None
     for k, tok in pipe.components.items():
         enc = pipe.components.get(k.replace('tokenizer', 'text_encoder'))

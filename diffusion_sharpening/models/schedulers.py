@@ -26,6 +26,7 @@ def is_flow(
     "Does it walk on straight lines between noise and data?"
     return 'FlowMatch' in type(scheduler).__name__ or bool(own(scheduler).get('use_flow_sigmas'))
 
+# %% ../../nbs/03_models/10_schedulers.ipynb #04c32c57
 def path_of(
     scheduler # A diffusers scheduler
 ): # `VP` or `Flow`
@@ -43,7 +44,8 @@ def times_of(
     "The times a sampler of `S` steps visits"
     cfg = own(scheduler)
     if not is_flow(scheduler):
-        return time_grid(S, len(scheduler.alphas_cumprod), cfg.get('timestep_spacing', 'leading'), cfg.get('steps_offset', 0))
+        spacing, offset = cfg.get('timestep_spacing', 'leading'), cfg.get('steps_offset', 0)
+        return time_grid(S, len(scheduler.alphas_cumprod), spacing, offset)
     if S < 1 or cfg.get('use_dynamic_shifting') or not hasattr(scheduler, 'sigmas'): return flow_grid(S)
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(S)
@@ -67,8 +69,8 @@ def not_taken(
     odd = [kind]*(kind not in EXACT) + [k for k in SETTINGS if cfg.get(k) not in (None, False)]
     if cfg.get('interpolation_type', 'linear') != 'linear': odd.append('interpolation_type')
     if cfg.get('timestep_type', 'discrete') != 'discrete': odd.append('timestep_type')
-    unet = getattr(pipe, 'unet', None)
-    return odd + ['time_cond_proj_dim']*(unet is not None and unet.config.get('time_cond_proj_dim') is not None)
+    if pipe.unet.config.get('time_cond_proj_dim') is not None: odd.append('time_cond_proj_dim')
+    return odd
 
 # %% ../../nbs/03_models/10_schedulers.ipynb #c1ada512
 def scheduler_line(
@@ -77,8 +79,8 @@ def scheduler_line(
     "What a user should know about a pipeline's scheduler"
     odd = [f'{k} ({SIZES[k]:.2f})' if k in SIZES else k for k in not_taken(pipe)]
     if not odd: return None
-    return (f"model: sampled with DDIM here; of the pipeline's own way of sampling this has no effect: {', '.join(odd)}. "
-            '(Numbers: how far pictures move, RMS in [0, 1], measured on a small model.)')
+    return ("model: sampled with DDIM here; of the pipeline's own sampling this has no effect: "
+            f"{', '.join(odd)} (numbers: how far pictures move, RMS in [0, 1], measured on a small model)")
 
 # %% ../../nbs/03_models/10_schedulers.ipynb #d5cda114
 def few_steps_line(
@@ -88,7 +90,8 @@ def few_steps_line(
     cfg, kind = own(pipe.scheduler), type(pipe.scheduler).__name__
     signs = [o for o in not_taken(pipe) if o in ('LCMScheduler', 'TCDScheduler', 'time_cond_proj_dim')]
     turbo = cfg.get('timestep_spacing') == 'trailing' and cfg.get('prediction_type') == 'epsilon'
-    if turbo and kind.startswith('Euler') and not cfg.get('rescale_betas_zero_snr'): signs.append('trailing times')
+    if turbo and kind.startswith('Euler') and not cfg.get('rescale_betas_zero_snr'):
+        signs.append('trailing times')
     if not signs: return None
-    return (f'model: this looks like a model distilled for 1 to 4 steps ({", ".join(signs)}); it was not made for more '
-            'steps or guidance, and training undoes the distillation: use the base it was made from')
+    return (f'model: this looks like a model distilled for 1 to 4 steps ({", ".join(signs)}); it was not '
+            'made for more steps or guidance, and training undoes the distillation: use the base it was made from')
