@@ -21,7 +21,8 @@ from .loading import dtype_of, load_pipeline, load_vae
 from .protocol import denoising_loss
 from .learner import Learner
 from .policies import Policies
-from .schedulers import few_steps_line, is_flow, path_of, scheduler_line, times_of
+from .schedulers import (
+    few_steps_line, is_flow, path_of, scheduler_line, times_of)
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #296d813c
 class Denoiser(Learner):
