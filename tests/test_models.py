@@ -60,7 +60,8 @@ def stock(d, start, S=6, guidance=4., lora=None):
 
 @pytest.mark.parametrize('make', [tiny_sdxl, tiny_sd])
 @pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction', 'sample'])
-@pytest.mark.parametrize('learning', [lambda d: d, lambda d: d.add_lora(rank=2), lambda d: d.add_full(keep_base=True)])
+@pytest.mark.parametrize('learning', [lambda d: d, lambda d: d.add_lora(rank=2),
+                                      lambda d: d.add_full(keep_base=True)])
 def test_a_denoiser_is_a_model(tmp_path, make, prediction, learning):
     make(tmp_path, words=WORDS, prediction=prediction)
     for guidance in (1., 3.):
@@ -216,7 +217,7 @@ def test_cast_is_loading_in_that_precision(models):
     cast, loaded = load(models, vae=models/'taesd').cast('bfloat16'), load(models, dtype='bfloat16')
     with torch.no_grad(): assert torch.equal(cast.output(x_t, t, cast.encode(PROMPTS)), loaded.output(x_t, t, loaded.encode(PROMPTS)))
     assert {cast.pipe.vae.dtype, cast.score_vae.dtype} == {torch.bfloat16}
-    full = load(models).cast('float16'); assert full.pipe.vae.dtype == torch.float32                 # force_upcast
+    full = load(models).cast('float16'); assert full.autoencoder.dtype == torch.float32     # force_upcast
     with pytest.raises(ValueError, match='before add_lora'): loaded.add_lora(rank=2).cast('float32')
 
 

@@ -94,4 +94,4 @@ def few_steps_line(
         signs.append('trailing times')
     if not signs: return None
     return (f'model: this looks like a model distilled for 1 to 4 steps ({", ".join(signs)}); it was not '
-            'made for more steps or guidance, and training undoes the distillation: use the base it was made from')
+            'made for more steps or guidance, and training undoes the distillation: use its base')
