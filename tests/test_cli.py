@@ -162,7 +162,7 @@ def test_reward_that_breaks_later(xl, tmp_path, monkeypatch, capsys):
     args = ['--model', xl, '--out', tmp_path/'out', '--heldout', 0, '--steps', 5, '--set', *small]
     assert call(monkeypatch, 'train', 'rlhf', *args) == 2
     one_line(capsys.readouterr().err.splitlines(True)[-1], 'flawed: ')
-    assert sorted(o.name for o in (tmp_path/'out').iterdir()) == ['metrics.jsonl', 'run.json']
+    assert sorted(o.name for o in (tmp_path/'out').iterdir()) == ['checkpoints', 'metrics.jsonl', 'run.json']
     assert len((tmp_path/'out/metrics.jsonl').read_text().splitlines()) == 2
 
 
