@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest, torch
 
-from diffusion_sharpening.commands import cli, jobs
+from diffusion_sharpening.commands import cli, report, train as command
+from diffusion_sharpening.commands.load import load_model
+from diffusion_sharpening.commands.report import table
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.worlds.shapes.draw import prompts
@@ -138,7 +140,7 @@ class Flawed(Reward):
         return flaws[self.kind]
 
 
-def flawed(monkeypatch, *args): monkeypatch.setattr(jobs, 'load_reward', lambda *a, **k: Flawed(*args))
+def flawed(monkeypatch, *args): monkeypatch.setattr(command, 'load_reward', lambda *a, **k: Flawed(*args))
 
 
 @pytest.mark.parametrize('heldout', [0, 2])
@@ -281,10 +283,10 @@ def test_reward_spec_need_not_be_its_name(xl, tmp_path, monkeypatch, name):
     "Prompts that no checker reads, a reward asked for with weights: report and pictures are made"
     (tmp_path/'plain').write_text('something else\nand more\n')
     flawed(monkeypatch, 'nan', 99)
-    rep = jobs.train('rlhf', xl, name, str(tmp_path/'plain'), str(tmp_path/'out'), heldout=2, S_eval=1,
+    rep = command.train('rlhf', xl, name, str(tmp_path/'plain'), str(tmp_path/'out'), heldout=2, S_eval=1,
                      steps=1, n=2, m=1, S=2, batch=2, rank=2)
     assert 'checker' not in rep['after'] and interval(rep['delta']['reward'])
-    assert (tmp_path/'out/before_after.png').exists() and '2 held-out prompts' in jobs.table(rep)
+    assert (tmp_path/'out/before_after.png').exists() and '2 held-out prompts' in table(rep)
 
 
 def test_steps_on_the_line_win(xl, tmp_path):
@@ -301,8 +303,8 @@ def test_alarms_are_in_the_report(xl, tmp_path, monkeypatch):
     "What the log watched, and what rang on the held-out pictures of this run; the table repeats it"
     asked = []
     def ring(images, reference): asked.append((images, reference)); return ['pictures are darker']
-    monkeypatch.setattr(jobs, 'alarms', ring)
-    rep = jobs.train('rlhf', xl, 'clip@shapes', out=str(tmp_path/'out'), heldout=12, S_eval=1, steps=20, n=2, m=1, S=2, batch=2, rank=2, lr=.03)
+    monkeypatch.setattr(report, 'alarms', ring)
+    rep = command.train('rlhf', xl, 'clip@shapes', out=str(tmp_path/'out'), heldout=12, S_eval=1, steps=20, n=2, m=1, S=2, batch=2, rank=2, lr=.03)
     seen = strict((tmp_path/'out/report.json').read_text())['alarms']
     assert seen == rep['alarms'] and seen['rang'][0] == 'pictures are darker' and {'image/brightness', 'held-out/checker'} <= set(seen['watched'])
     after, before = asked[0]
@@ -310,14 +312,14 @@ def test_alarms_are_in_the_report(xl, tmp_path, monkeypatch):
     rows = [json.loads(l) for l in (tmp_path/'out/metrics.jsonl').read_text().splitlines()]
     ends = seen['watched']['image/brightness']
     assert [ends['first'], ends['last']] == [r['image/brightness'] for r in rows if 'image/brightness' in r]
-    assert 'alarm: pictures are darker' in jobs.table(rep)
+    assert 'alarm: pictures are darker' in table(rep)
 
 
 def test_every_weight_can_be_trained(xl, tmp_path):
     "rank 0: the whole pipeline is saved, and loads by its folder"
-    jobs.train('rlhf', xl, 'checker!', out=str(tmp_path/'out'), heldout=0, steps=1, n=2, m=1, S=2, batch=2,
+    command.train('rlhf', xl, 'checker!', out=str(tmp_path/'out'), heldout=0, steps=1, n=2, m=1, S=2, batch=2,
                rank=0)
-    assert jobs.load_model(str(tmp_path/'out/model')).sample('a red circle', S=1).isfinite().all()
+    assert load_model(str(tmp_path/'out/model')).sample('a red circle', S=1).isfinite().all()
 
 
 def test_refusal_in_a_real_process(xl, tmp_path):

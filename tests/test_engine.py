@@ -142,7 +142,7 @@ def test_autoencoder_that_gives_nan_is_refused(xl, tmp_path):
     "Before anything is made with it, and before there is an output folder"
     import shutil
     from safetensors.torch import save_file
-    from diffusion_sharpening.commands.jobs import train
+    from diffusion_sharpening.commands.train import train
     shutil.copytree(xl/'xl', tmp_path/'nan'); f = tmp_path/'nan'/'vae'/'diffusion_pytorch_model.safetensors'
     save_file({k: v*float('nan') for k, v in load_file(f).items()}, f, metadata=dict(format='pt'))
     with pytest.raises(ValueError, match='pictures from the autoencoder are NaN; pass dtype'):

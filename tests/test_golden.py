@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 import pytest
 import torch
-from diffusion_sharpening.commands import jobs
+from diffusion_sharpening.commands.load import load_model
 from diffusion_sharpening.data.tables import prompt_set, shapes_pairs
 from diffusion_sharpening.methods.catalog import METHODS
 from diffusion_sharpening.names.catalog import load_reward
@@ -20,7 +20,7 @@ def losses(name, threads=1):
     method, preset = name.split('-'); was = torch.get_num_threads(); torch.set_num_threads(threads)
     run, cfg = settings(method, preset, **SMALL, steps=20)
     run.steps //= getattr(cfg, 'updates', 1)
-    d, prompts, images = jobs.load_model('shapes'), prompt_set('shapes', 40), None
+    d, prompts, images = load_model('shapes'), prompt_set('shapes', 40), None
     if cfg.needs_images:
         ims, prompts = shapes_pairs(40)
         images = d.latents(ims)

@@ -9,12 +9,15 @@ transformers = pytest.importorskip('transformers')
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms import functional as TF
+from diffusion_sharpening.worlds.world import weights
 from diffusion_sharpening.rewards import aesthetic, clip, human
 from diffusion_sharpening.rewards.aesthetic import Aesthetic, fit_aesthetic
 from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.rewards.clip import (
     CLIPScore, find_clip, load_clip, new_model, preprocess, read_clip)
 from diffusion_sharpening.rewards.human import HPS, PickScore
+
+CLIP = weights('shapes-clip')
 
 root = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -48,7 +51,7 @@ def offline(monkeypatch):
     (lambda: load_reward('pickscore@/no/such/folder'), 'pickscore: no such file or folder: /no/such/folder'),
     (lambda: load_reward('hps@/no/such/file.pt'), 'hps: no such file or folder'),
     (lambda: load_reward('aesthetic@/no/such/file.pth'), 'aesthetic: no such file or folder'),
-    (lambda: load_reward('clip@ViT-B-32/nobody'), "clip: expected 'shapes', a folder, or model/weights"),
+    (lambda: load_reward('clip@ViT-B-32/nobody'), 'clip: expected a folder, or model/weights'),
 ])
 def test_errors_are_one_line_that_helps(offline, tmp_path, monkeypatch, make, what):
     monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
@@ -74,11 +77,11 @@ def test_a_head_with_another_checksum_is_fetched_again(tmp_path, monkeypatch):
 def test_towers_are_shared_and_let_go(tmp_path):
     gc.collect(); clip._towers.clear()
     g = torch.Generator().manual_seed(0)
-    a = CLIPScore('shapes')
-    b = fit_aesthetic(tmp_path, torch.rand(8, 3, 64, 64, generator=g), torch.rand(8, generator=g), 'shapes')
-    c = CLIPScore('shapes', scale=100)
+    a = CLIPScore(CLIP)
+    b = fit_aesthetic(tmp_path, torch.rand(8, 3, 64, 64, generator=g), torch.rand(8, generator=g), CLIP)
+    c = CLIPScore(CLIP, scale=100)
     assert a.tower is b.tower is c.tower and len(clip._towers) == 1
-    assert read_clip('shapes') is not a.tower and load_clip('shapes', resize_mode='squash') is not a.tower
+    assert read_clip(CLIP) is not a.tower and load_clip(CLIP, resize_mode='squash') is not a.tower
     del a, b, c; gc.collect()
     assert not len(clip._towers)
 
@@ -86,7 +89,7 @@ def test_towers_are_shared_and_let_go(tmp_path):
 def test_mixture_of_two_rewards_on_one_tower(tmp_path):
     g = torch.Generator().manual_seed(0)
     x = torch.rand(3, 3, 64, 64, generator=g)
-    fit_aesthetic(tmp_path/'head', x.repeat(2, 1, 1, 1), torch.rand(6, generator=g), 'shapes')
+    fit_aesthetic(tmp_path/'head', x.repeat(2, 1, 1, 1), torch.rand(6, generator=g), CLIP)
     both = load_reward(f"clip@shapes:2,aesthetic@{tmp_path/'head'}:.5")
     one, two = both.rewards
     assert one.tower is two.tower
@@ -94,7 +97,7 @@ def test_mixture_of_two_rewards_on_one_tower(tmp_path):
 
 
 def test_text_cache_serves_training_after_inference_mode():
-    r, x = CLIPScore('shapes'), torch.rand(1, 3, 64, 64)
+    r, x = CLIPScore(CLIP), torch.rand(1, 3, 64, 64)
     r.tower.texts.clear()
     with torch.inference_mode(): r(x, ['a red star'])
     x.requires_grad_(); r(x, ['a red star']).sum().backward()

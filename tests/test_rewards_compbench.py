@@ -6,7 +6,8 @@ from diffusion_sharpening.rewards.protocol import RewardError
 from diffusion_sharpening.rewards.blip_vqa import (
     BlipVQA, load_blip_vqa, noun_phrases, split_by_rules, tiny_blip_vqa, yes_probability)
 from diffusion_sharpening.rewards.compbench import (
-    CATEGORIES, KINDS, CompBench, by_category, make_sets, read_sets, shapes_sets, write_sets)
+    CATEGORIES, KINDS, CompBench, by_category, make_sets, read_sets, write_sets)
+from diffusion_sharpening.worlds.shapes.benchmark import shapes_sets
 from diffusion_sharpening.rewards.spatial import (
     NEAR, SIDES, Spatial, position, read_relation, spatial_score, tiny_owlv2)
 from diffusion_sharpening.rewards.vqa import VQAScore, VQAYesNo, tiny_vlm
@@ -76,8 +77,6 @@ def test_names_that_lead_nowhere(kind, tmp_path, monkeypatch):
     one_line(e, names[kind] + ':', 'no such file or folder')
     with pytest.raises(ValueError) as e: makers[kind]('no-such-owner-xyz/no-such-model-xyz')
     one_line(e, names[kind] + ':', 'no-such-model-xyz', 'hf ')
-    with pytest.raises(ValueError) as e: makers[kind]('shapes')
-    one_line(e, names[kind] + ':', 'no weights')
 
 
 def test_text_only_model_is_no_vqa(dirs, tmp_path):

@@ -149,7 +149,6 @@ def test_a_pickle_with_code_is_not_run(folder):
 def test_paths(folder, tmp_path):
     refused(lambda: ImageReward(tmp_path/'nowhere'), 'image_reward: no such file or folder')
     refused(lambda: ImageReward(tmp_path), 'image_reward: expected ImageReward.pt in', 'found w')
-    refused(lambda: ImageReward('shapes'), 'image_reward: ', "take 'preference'", 'image_reward@zai-org/ImageReward')
 
 
 def test_vocabulary(folder):
@@ -198,7 +197,6 @@ def test_three_checkpoints(tmp_path, ims):
     refused(lambda: Compositional(folder), 'compositional (c.pt): ', 'is no whole checkpoint')
     (folder/'c.pt').unlink()
     refused(lambda: Compositional(folder), 'compositional: expected three checkpoints in', 'found a.pt, b.pt')
-    refused(lambda: Compositional('shapes'), 'compositional: ', 'compositional@comin/IterComp')
 
 
 # The stock package

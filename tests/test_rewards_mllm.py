@@ -219,7 +219,8 @@ def served():
     "The embedded grader behind `transformers serve`"
     for m in ('fastapi', 'uvicorn'): pytest.importorskip(m)
     from diffusion_sharpening.rewards.local_grader import serve
-    with serve() as which: yield which
+    from diffusion_sharpening.worlds.world import weights
+    with serve(weights('shapes-grader')) as which: yield which
 
 
 @pytest.mark.slow
@@ -252,8 +253,9 @@ def test_end_to_end_through_faults(served):
 @pytest.mark.slow
 def test_embedded_by_name():
     "`shapes` starts the server by itself"
+    from diffusion_sharpening.names.catalog import load_reward
     from diffusion_sharpening.worlds.shapes.draw import picture, prompts
-    text, g = prompts(1)[0], MLLMGrader('shapes')
+    text, g = prompts(1)[0], load_reward('mllm@shapes')
     assert g(picture(text)[None], [text]).isfinite().all()
 
 

@@ -6,6 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest, torch
 from PIL import Image
 
+from diffusion_sharpening.worlds.world import weights
 from diffusion_sharpening.maths.choice import pair, standardise, tied
 from diffusion_sharpening.rewards.mixture import Mixture
 from diffusion_sharpening.rewards.protocol import Reward, RewardError
@@ -19,6 +20,8 @@ from diffusion_sharpening.rewards.remote import (
     Remote, answer, from_png, make_server, pack, post, serve, serving, to_png, unpack)
 from diffusion_sharpening.commands.score import (
     fingerprints, list_images, open_journal, read_image, read_pairs, score_folder, summarise, write_scores)
+
+CLIP = weights('shapes-clip')
 
 torch.set_num_threads(1)
 nan = float('nan')
@@ -53,7 +56,7 @@ def test_pictures_of_mixed_sizes():
     g = torch.Generator().manual_seed(0)
     x = [(torch.rand(3, h, w, generator=g)*255).round()/255 for h, w in ((64, 64), (30, 200), (64, 64), (200, 30), (30, 200))]
     mixed = [Image.fromarray((o.permute(1, 2, 0)*255).round().byte().numpy()) if i % 2 else o for i, o in enumerate(x)]
-    r, texts = CLIPScore('shapes'), [f'a {c} star' for c in ('red', 'blue', 'green', 'white', 'black')]
+    r, texts = CLIPScore(CLIP), [f'a {c} star' for c in ('red', 'blue', 'green', 'white', 'black')]
     alone = torch.cat([r(o[None], [t]) for o, t in zip(x, texts)])
     torch.testing.assert_close(r(mixed, texts), alone, atol=1e-5, rtol=0)
     assert r(mixed[::-1], texts[::-1]).tolist() == pytest.approx(alone.tolist()[::-1], abs=1e-5)

@@ -6,12 +6,15 @@ import pytest, torch
 open_clip = pytest.importorskip('open_clip')
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from diffusion_sharpening.worlds.world import weights
 from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.rewards.clip import read_clip
 from diffusion_sharpening.rewards.preference import (
-    Preference, degrade, fit_preference, freeze, new_scorer, pair_accuracy, pairs_loss, shapes_pairs,
-    split_pairs)
+    Preference, fit_preference, freeze, new_scorer, pair_accuracy, pairs_loss, split_pairs)
+from diffusion_sharpening.worlds.shapes.choices import degrade, shapes_choices
 from diffusion_sharpening.worlds.shapes.draw import held_out, picture
+
+CLIP = weights('shapes-clip')
 
 torch.set_num_threads(1)
 
@@ -29,7 +32,7 @@ def colour_pairs(n):
 
 
 def test_it_learns_a_simple_taste(tmp_path):
-    r = fit_preference(colour_pairs(60), tmp_path/'red', steps=25, batch=8, lr=2e-3, fixed=1., head=dict(width=32, layers=1))
+    r = fit_preference(colour_pairs(60), tmp_path/'red', CLIP, steps=25, batch=8, lr=2e-3, fixed=1., head=dict(width=32, layers=1))
     assert pair_accuracy(r, colour_pairs(90)[60:])['accuracy'] > .9
     assert r.note['held_out']['accuracy'] > .7 and r.note['std'] > 0
 
@@ -40,7 +43,7 @@ def test_files_and_tensors_give_the_same_model(tmp_path):
         for name, x in zip('bw', sides): save(x, tmp_path/f'{i}{name}.png')
         rows.append(dict(prompt=text, better=f'{i}b.png', worse=f'{i}w.png'))
     (tmp_path/'pairs.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-    how = dict(steps=2, batch=4, fixed=1., head=dict(width=32, layers=1))
+    how = dict(clip=CLIP, steps=2, batch=4, fixed=1., head=dict(width=32, layers=1))
     bytes8 = [(t, *((o*255).round()/255 for o in sides)) for t, *sides in pairs]
     a, b = fit_preference(tmp_path/'pairs.jsonl', tmp_path/'a', **how), fit_preference(bytes8, tmp_path/'b', **how)
     x = torch.rand(2, 3, 64, 64)
@@ -48,8 +51,8 @@ def test_files_and_tensors_give_the_same_model(tmp_path):
 
 
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
-    import diffusion_sharpening.worlds.shapes.base as pretrain
-    pairs, how = colour_pairs(8), dict(steps=4, batch=4, fixed=1., head=dict(width=32, layers=1))
+    import diffusion_sharpening.rewards.preference as pretrain
+    pairs, how = colour_pairs(8), dict(clip=CLIP, steps=4, batch=4, fixed=1., head=dict(width=32, layers=1))
     whole = fit_preference(pairs, tmp_path/'whole', **how)
     fit, state = pretrain.fit, tmp_path/'state'
     def stopped(net, loss, *args, **kwargs):
@@ -81,16 +84,16 @@ def test_towers_of_other_kinds(tmp_path, extra):
 
 
 def test_what_is_fixed_stays(tmp_path):
-    fit_preference(colour_pairs(8), tmp_path/'p', steps=2, batch=2, fixed=.7, head=dict(width=32, layers=1))
-    before, after = read_clip('shapes').model.state_dict(), load_file(tmp_path/'p/open_clip_model.safetensors')
-    net = read_clip('shapes').model; freeze(net, .7)
+    fit_preference(colour_pairs(8), tmp_path/'p', CLIP, steps=2, batch=2, fixed=.7, head=dict(width=32, layers=1))
+    before, after = read_clip(CLIP).model.state_dict(), load_file(tmp_path/'p/open_clip_model.safetensors')
+    net = read_clip(CLIP).model; freeze(net, .7)
     free = {n for n, p in net.named_parameters() if p.requires_grad}
     assert free and all(before[k].equal(v) for k, v in after.items() if k not in free)
     assert any(not before[k].equal(after[k]) for k in free)
 
 
 def test_gradients_reach_only_what_is_trained():
-    tower = read_clip('shapes'); net = new_scorer(tower, layers=1); freeze(net.clip, 1.)
+    tower = read_clip(CLIP); net = new_scorer(tower, layers=1); freeze(net.clip, 1.)
     pairs_loss(colour_pairs(4), tower, 2)(net, 0).backward()
     assert all(p.grad is not None for p in net.judge.parameters())
     assert not [n for n, p in net.clip.named_parameters() if not p.requires_grad and p.grad is not None]
@@ -102,7 +105,7 @@ def test_gradients_reach_only_what_is_trained():
     ('open_clip_config.json', b'{}', 'preference: .*describes no open_clip model'),
 ])
 def test_broken_folders(tmp_path, file, content, what):
-    fit_preference(colour_pairs(4), tmp_path/'p', steps=1, batch=2, fixed=1., head=dict(width=16, layers=1, heads=2))
+    fit_preference(colour_pairs(4), tmp_path/'p', CLIP, steps=1, batch=2, fixed=1., head=dict(width=16, layers=1, heads=2))
     (tmp_path/'p'/file).write_bytes(content)
     with pytest.raises(ValueError, match=what) as e: Preference(tmp_path/'p')
     assert '\n' not in str(e.value)
@@ -110,7 +113,7 @@ def test_broken_folders(tmp_path, file, content, what):
 
 def test_choices_follow_bradley_terry():
     "The chosen side was likely to be chosen as often as it was; none of it shows a held-out caption"
-    pairs, p = shapes_pairs(120, 5)
+    pairs, p = shapes_choices(120, 5)
     assert abs(p.mean().item() - (p*p + (1-p)**2).mean().item()) < 4*math.sqrt(.25/120) and not any(held_out(t) for t, *_ in pairs)
     assert all(a.dtype == torch.uint8 and a.shape == (3, 64, 64) for _, *sides in pairs for a in sides)
     a, b = split_pairs(pairs); assert not {t for t, *_ in a} & {t for t, *_ in b}

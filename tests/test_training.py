@@ -5,7 +5,8 @@ import pytest, torch
 from safetensors.torch import load_file
 
 diffusers = pytest.importorskip('diffusers')
-from diffusion_sharpening.commands import jobs
+from diffusion_sharpening.commands import train as command
+from diffusion_sharpening.commands.load import load_model, quiet
 from diffusion_sharpening.models.policies import lora_file
 from diffusion_sharpening.maths.losses import log_ratio, preference
 from diffusion_sharpening.methods.catalog import method
@@ -21,7 +22,7 @@ from diffusion_sharpening.basics.seeds import START, fold, noise
 from diffusion_sharpening.maths.rollout import branch, rollout
 
 torch.set_num_threads(1)
-jobs.quiet()
+quiet()
 PROMPTS = ['a red circle', 'a blue square', 'a green star']
 tiny = dict(steps=2, batch=2, rank=2, n=2, S=3)
 
@@ -234,7 +235,7 @@ def test_not_a_number_is_not_learnt(xl, monkeypatch):
 
 def test_reward_goes_up():
     "Something is learnt: after a dozen batches the embedded model's pictures of other seeds are brighter"
-    d = jobs.load_model('shapes')
+    d = load_model('shapes')
     run, cfg = settings('rlhf', steps=12, batch=4, n=4, m=1, S=5, rank=8, lr=1e-3, ema=0.)
     train(d, 'rlhf', Bright(), PROMPTS, run, cfg)
     score = lambda: Bright()(d.sample(PROMPTS*4, range(100, 112), S=5), PROMPTS*4)
@@ -252,8 +253,8 @@ def trained(xl, tmp_path_factory):
     tmp = tmp_path_factory.mktemp('trained')
     (tmp/'prompts').write_text('\n'.join(PROMPTS))
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(jobs, 'load_reward', lambda *args, **kwargs: Bright())
-        jobs.train('rlhf', xl, 'bright', str(tmp/'prompts'), str(tmp/'out'), heldout=0, **tiny, **bold)
+        mp.setattr(command, 'load_reward', lambda *args, **kwargs: Bright())
+        command.train('rlhf', xl, 'bright', str(tmp/'prompts'), str(tmp/'out'), heldout=0, **tiny, **bold)
     return tmp/'out'
 
 
@@ -277,7 +278,7 @@ def test_lora_in_plain_diffusers_gives_the_same_pictures(xl, trained):
 
 def test_saved_is_what_was_trained(xl, trained):
     "The job's file holds, bit for bit, the weights of the same loop called from Python"
-    d, rep = jobs.load_model(xl), json.loads((trained/'report.json').read_text())
+    d, rep = load_model(xl), json.loads((trained/'report.json').read_text())
     train(d, 'rlhf', Bright(), PROMPTS, *settings('rlhf', **tiny, **bold))
     assert rep['settings']['run']['rank'] == 2 and rep['skipped'] == 0
     assert same({k.removeprefix('unet.'): v for k, v in load_file(trained/lora_file).items()}, policy(d))

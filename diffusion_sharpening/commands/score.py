@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'list_images', 'read_pairs', 'read_image', 'fingerprints', 'open_journal', 'summarise', 'write_scores',
-           'score_folder']
+           'score_folder', 'score']
 
 # %% ../../nbs/13_commands/02_score.ipynb #fd561cb5
 import csv, hashlib, io, json, math, os, re, time, torch
@@ -198,3 +198,15 @@ def _work(reward, images, todo, out, batch, device, n):
             f.writelines(json.dumps(r, allow_nan=False)+'\n' for r in rows); f.flush()
             fresh |= dict(zip(part, rows)); bar.update(len(part))
     return fresh
+
+# %% ../../nbs/13_commands/02_score.ipynb #c0de5c02
+def score(
+    reward:str='clip', # Reward: as for `train`
+    images:str='', # Folder of pictures
+    prompts:str='', # Text file with one prompt per line, or CSV with the columns file and prompt
+    out:str='scores', # Folder for scores.json, scores.csv and a journal; the same call goes on after a stop
+    batch:int=16 # Pictures at once
+)->dict: # The summary
+    "Score the pictures of a folder"
+    if not images or not prompts: raise ValueError('score: expected --images FOLDER and --prompts FILE')
+    return score_folder(reward, images, prompts, out, batch)

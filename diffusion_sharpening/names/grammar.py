@@ -32,6 +32,7 @@ def _texts(line): # The parts between commas
         m = _SPLIT.match(line, at); at = m.end() + 1
         yield m.group().strip()
 
+# %% ../../nbs/06_names/01_grammar.ipynb #d755167d
 def _weighed(text): # A part without its weight, and the weight
     m = _WEIGHT.fullmatch(text)
     if not m or (_HOST.fullmatch(m[1]) and m[2].isdigit()): return text, 1.
@@ -54,6 +55,7 @@ def _part(text, line, known):
     if _PATH.fullmatch(body): return Part('own', body, weight)
     raise ValueError(f'reward {line!r}: expected {_FORMS}; found {text!r}')
 
+# %% ../../nbs/06_names/01_grammar.ipynb #6ff121c6
 def parse_spec(line:str, # As in the table above
                known=() # Names of rewards, for a clearer error
               )->tuple: # How to combine (one of `HOW`), list of `Part`; ValueError shows what does not fit

@@ -76,6 +76,7 @@ def noun_phrases(prompt:str, # A prompt in English
     if not found: return [prompt.strip()], 'whole'
     return found[:MOST], 'spacy' if nlp else 'rules'
 
+# %% ../../nbs/04_rewards/08_blip_vqa.ipynb #29fd5dce
 def as_question(phrase:str # A noun phrase
                )->str: # Lower case, without . ! " ( ) * # : ; ~
     "The question of the benchmark for a phrase"
@@ -137,6 +138,7 @@ def _sizes(state):
                 max_position_embeddings=len(state['text_encoder.embeddings.position_embeddings.weight']))
     return original_settings(BlipConfig(vision_config=vision, text_config=text))
 
+# %% ../../nbs/04_rewards/08_blip_vqa.ipynb #43359af5
 def _load_original(path):
     from transformers import BlipForQuestionAnswering
     state = from_original(read_state(path, NAME))
@@ -203,6 +205,7 @@ def yes_probability(net, # `BlipForQuestionAnswering`
     out = [_answer(net, tok, seen[owner[g]], tensor([ids[i] for i in g])) for g in parts]
     return torch.cat(out)[tensor(order).argsort()]
 
+# %% ../../nbs/04_rewards/08_blip_vqa.ipynb #9b2a09e8
 def _answer(net, tok, seen, ids):
     "Answers to questions of one length `(Q, n)` about picture features `(Q, k, d)`"
     text = net.config.text_config

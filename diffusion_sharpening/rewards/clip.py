@@ -81,6 +81,7 @@ def image(self:Tower,
     self.model.to(images.device)
     return F.normalize(self.encode_image(preprocess(images, self.cfg)).float(), dim=-1)
 
+# %% ../../nbs/04_rewards/03_clip.ipynb #119c605a
 @patch
 def text(self:Tower,
          prompts:list, # `B` texts
@@ -97,18 +98,17 @@ def text(self:Tower,
     return out
 
 # %% ../../nbs/04_rewards/03_clip.ipynb #efc44f57
-def find_clip(which:str, # `shapes`, a folder, `model/weights` or `model/path`
+def find_clip(which:str, # A folder, `model/weights` or `model/path`
               name:str='clip' # Of the reward, for errors
              )->tuple: # Name for open_clip's tokenizer, model config, weights file, preprocessing
     "What a name of an open_clip model stands for"
     import open_clip
-    from diffusion_sharpening.worlds.world import weights
-    if which == 'shapes': which = str(weights('shapes-clip'))
+    which = str(which)
     if Path(which).is_dir(): return _folder(Path(which).resolve(), name)
     arch, _, rest = which.partition('/')
     model, tag = open_clip.get_model_config(arch), open_clip.get_pretrained_cfg(arch, rest)
     if not model or not (tag or rest and local_path(rest, name)):
-        raise ValueError(f"{name}: expected 'shapes', a folder, or model/weights "
+        raise ValueError(f"{name}: expected a folder, or model/weights "
                          f'as in ViT-L-14-quickgelu/openai; found {which!r}')
     if not tag: return arch, model, Path(rest), {}
     if bool(tag.get('quick_gelu')) != bool(model.get('quick_gelu')):

@@ -17,8 +17,6 @@ def local_path(which, # Path of a file or folder, or a hub id `owner/name`
     "The path that `which` names, if it names one"
     path = Path(which).expanduser()
     if path.exists(): return path
-    if str(which) == 'shapes':
-        raise ValueError(f'{name}: the world shapes has no weights for it; name a folder or a hub id: {name}@FOLDER')
     file = re.search(r'\.(pth?|bin|safetensors|json|txt)$', str(which))
     if not file and re.fullmatch(r'[\w-][\w.-]*(/[\w.-]+)?', str(which)): return None
     raise ValueError(f'{name}: no such file or folder: {which}')
@@ -43,6 +41,7 @@ def hub_error(e:Exception, # What `huggingface_hub` or `transformers` raised
     else: why = '; '.join(f'{type(o).__name__}: {o}'.split('\n')[0] for o in seen)
     return ValueError(f'{name}: could not get {what}: {why}')
 
+# %% ../../nbs/04_rewards/02_files.ipynb #446769f7
 def fetch(repo, # Path of a file, a folder that holds `filename`, or a hub id
           filename:str, # File in the folder or repository
           name:str # Of the reward, for errors
@@ -121,6 +120,7 @@ def pretrained(cls, # A model, tokenizer, processor or config class of transform
     if kind != want: raise ValueError(f'{name}: expected a model of type {want} in {which}, found {kind}')
     return _all_of(*made, which, name) if model else _with_words(made, which, name)
 
+# %% ../../nbs/04_rewards/02_files.ipynb #b076880a
 _COUNTED = r'(^|\.)(position_ids|inv_freq)$'  # Kept by old checkpoints, computed by today's classes
 
 def _all_of(made, info, which, name):
@@ -131,6 +131,7 @@ def _all_of(made, info, which, name):
                                   f'{what} {type(made).__name__}, first {keys[0]}')
     return made
 
+# %% ../../nbs/04_rewards/02_files.ipynb #8bae1b62
 def _with_words(made, which, name):
     tok = getattr(made, 'tokenizer', made)
     if hasattr(tok, 'all_special_tokens') and len(tok) <= len(tok.all_special_tokens):

@@ -47,6 +47,7 @@ def tokens(tok, # A BERT tokenizer
     out = tok(prompts, padding='max_length', truncation=True, max_length=limit, return_tensors='pt')
     return out['input_ids'], out['attention_mask']
 
+# %% ../../nbs/04_rewards/04_image_reward.ipynb #c56673be
 class BlipJudge(nn.Module):
     "A vision transformer, a BERT that reads the prompt and sees the picture, a linear head on token 0"
     def __init__(self,
@@ -94,6 +95,7 @@ def rename(key:str, # Name of a tensor
     for theirs, ours in NAMES: key = key.replace(ours, theirs) if back else key.replace(theirs, ours)
     return key
 
+# %% ../../nbs/04_rewards/04_image_reward.ipynb #34244fcf
 def save_checkpoint(judge:BlipJudge, # A judge
                     path # File to write: a PyTorch pickle of tensors
                    ):
@@ -115,6 +117,7 @@ def sizes_of(path, # A checkpoint
             raise ValueError(f"{name}: {file}: expected {key or 'the'} keys {', '.join(want)}, found {found}")
     return sizes
 
+# %% ../../nbs/04_rewards/04_image_reward.ipynb #f700b173
 def load_judge(path, # Checkpoint: ImageReward.pt or of its form
                tok, # BERT tokenizer
                name:str, # Of the reward, for errors
@@ -134,10 +137,9 @@ def checkpoint(which, # None, a hub id, a folder with ImageReward.pt, or the pat
                name:str # Of the reward, for errors
               )->Path: # The file; ValueError in one line
     "Find the published checkpoint, or another of its form"
-    if which == 'shapes': raise ValueError(f"{name}: there are no weights for the world 'shapes'; take "
-                                           f"'preference', or the published weights: {name}@{HUB}")
     return fetch(which or HUB, 'ImageReward.pt', name)
 
+# %% ../../nbs/04_rewards/04_image_reward.ipynb #06a3f0cc
 def tokenizer_of(path:Path, # The checkpoint
                  tokenizer, # Folder or hub id; None: beside the checkpoint, or bert-base-uncased from the hub
                  name:str # Of the reward, for errors
@@ -194,6 +196,7 @@ def _shim(tok): # The tokenizer that the wheel would download
     bert.get_head_mask = lambda self, mask, n: [None]*n
     bert.invert_attention_mask = lambda self, m: (1 - m[:, None, None].float())*torch.finfo(torch.float32).min
 
+# %% ../../nbs/04_rewards/04_image_reward.ipynb #85470bc8
 def _serve(): # Runs in the child: `sys.argv` is the checkpoint and the folder of a tokenizer
     "Score with the stock package: JSON line and raw pixels in, JSON line out, until the input ends"
     from PIL import Image
@@ -266,8 +269,6 @@ def three_checkpoints(which, # None: comin/IterComp; or a hub id, or a folder wi
                       name:str # Of the reward, for errors
                      )->list: # Three paths, sorted; ValueError in one line
     "IterComp's reward models on disk"
-    if which == 'shapes': raise ValueError(f"{name}: there are no weights for the world 'shapes'; "
-                                           f'the published ones are {name}@{ITERCOMP}')
     folder = local_path(which or ITERCOMP, name)
     if folder is None:
         from huggingface_hub import snapshot_download
@@ -280,6 +281,7 @@ def three_checkpoints(which, # None: comin/IterComp; or a hub id, or a folder wi
     there = ', '.join(f.name for f in files) or 'none'
     raise ValueError(f'{name}: expected three checkpoints in {folder}, found {there}')
 
+# %% ../../nbs/04_rewards/04_image_reward.ipynb #78e1eb5a
 class Compositional(Reward):
     "Mean of IterComp's three reward models: attributes, spatial and non-spatial relations (arXiv 2410.07171)"
     name, differentiable = 'compositional', True

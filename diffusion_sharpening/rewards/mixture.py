@@ -31,6 +31,7 @@ def borda(R:Tensor # Scores `(…, n, B)`; NaN: none
     _missing(R)
     return (R.unsqueeze(-2) - R.unsqueeze(-3)).sign().nansum(-2)
 
+# %% ../../nbs/04_rewards/14_mixture.ipynb #28903098
 def rank(R:Tensor # Scores `(…, n, B)`; NaN: none
         )->Tensor: # Same shape, in [0, 1]
     "Share of the group that a candidate beats; ties count half"
@@ -96,6 +97,7 @@ def group_scores(
     R = torch.stack([one(r) for r in reward.rewards])
     return neutral(combine(R, reward.weights, getattr(reward, 'how', 'zscore')))
 
+# %% ../../nbs/04_rewards/14_mixture.ipynb #2465ac85
 class Combined(Mixture):
     "Rewards that training compares by `how`; called like any reward it gives the weighted sum of raw scores"
     def __init__(self,

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 import torch
 from torch import Tensor
@@ -26,7 +27,6 @@ ASPECTS = dict(
     quality='is it well made: sharp, clean, free of artefacts, believable',
     consistency='do its parts fit together in style, light and perspective',
     emotion='does it carry a mood or a theme that stays with the viewer')
-
 RUBRIC = '\n'.join([
     'This picture was made by a text-to-image model. Grade it, in whole numbers from 0 (worst) to 10 (best):',
     *[f'- {a}: {what}' for a, what in ASPECTS.items()],
@@ -34,7 +34,6 @@ RUBRIC = '\n'.join([
     'Reply with this JSON object and nothing else: what you see, in a sentence, and a number for each n.',
     '{"seen": "...", ' + ', '.join(f'"{a}": n' for a in ASPECTS) + '}',
     'The prompt was: '])
-
 _FIELDS = dict(seen=dict(type='string')) | {a: dict(type='integer') for a in ASPECTS}
 SCHEMA = dict(type='json_schema', json_schema=dict(name='grades', strict=True, schema=dict(
     type='object', properties=_FIELDS, required=list(_FIELDS), additionalProperties=False)))
@@ -49,6 +48,7 @@ def data_url(image:Tensor, # `(3, H, W)` in [0, 1]
     im.save(buf := io.BytesIO(), 'PNG')
     return 'data:image/png;base64,' + base64.b64encode(buf.getvalue()).decode()
 
+# %% ../../nbs/04_rewards/11_mllm.ipynb #42b0136e
 def question(url:str, # From `data_url`
              prompt:str # The text the picture was made for
             )->list: # Messages
@@ -60,6 +60,7 @@ def question(url:str, # From `data_url`
 class BadReply(ValueError):
     "A reply that holds no valid grade; its text is the reason"
 
+# %% ../../nbs/04_rewards/11_mllm.ipynb #a214f452
 def _objects(text):
     "The JSON objects in a text, outermost ones, in order"
     i, read = text.find('{'), json.JSONDecoder().raw_decode
@@ -69,6 +70,7 @@ def _objects(text):
         else: yield found
         i = text.find('{', end)
 
+# %% ../../nbs/04_rewards/11_mllm.ipynb #942b02bf
 def read_grade(text:str # What a model replied
               )->dict: # Aspect → grade in [0, 10]; `BadReply` otherwise
     "The grades in a reply"
@@ -81,6 +83,7 @@ def read_grade(text:str # What a model replied
         if not 0 <= v <= 10: raise BadReply(f'{a} is not in 0…10')
     return {a: float(found[a]) for a in ASPECTS}
 
+# %% ../../nbs/04_rewards/11_mllm.ipynb #57c8e51c
 def overall(grade:dict, # Aspect → grade in [0, 10]
             weights:dict=None # Aspect → weight, others 0; None: all alike
            )->float: # In [0, 1]
@@ -163,6 +166,7 @@ class Settings:
             v = getattr(self, k)
             if not v > 0: raise ValueError(f'mllm: {k}: expected more than 0, found {v}')
 
+# %% ../../nbs/04_rewards/11_mllm.ipynb #d542c4b6
 _NAMES = {f.name: type(f.default) for f in fields(Settings)}
 
 def _setting(k, v):
@@ -173,6 +177,7 @@ def _setting(k, v):
     try: return _NAMES[k](v)
     except ValueError: raise ValueError(f'mllm: {k}: expected {_NAMES[k].__name__}, found {v!r}') from None
 
+# %% ../../nbs/04_rewards/11_mllm.ipynb #ea827edc
 def place(which:str # `http://host:port/v1#model`, with settings after a `?`
          )->tuple: # Base URL, model, settings as a dict; ValueError says what was expected
     "Take the name of a server and its model apart"
@@ -192,6 +197,7 @@ def api_key(url:str # Of the server
     own = os.environ.get('OPENAI_API_KEY') if urlsplit(url).hostname == 'api.openai.com' else None
     return os.environ.get('MLLM_API_KEY') or own or 'none'
 
+# %% ../../nbs/04_rewards/11_mllm.ipynb #42915713
 def cleaned(text:str, # What a server said
             url:str # Of the server
            )->str: # One line without the key
@@ -204,6 +210,7 @@ def cleaned(text:str, # What a server said
 class NoReply(BadReply):
     "No reply from the server, for a reason that asking again will not change"
 
+# %% ../../nbs/04_rewards/11_mllm.ipynb #ec75ed56
 def reply_text(r # A `ChatCompletion`, or whatever a server sent instead
               )->str: # `BadReply` where there is none to read
     "The text of a reply that was finished and not refused"
@@ -215,6 +222,7 @@ def reply_text(r # A `ChatCompletion`, or whatever a server sent instead
     if not isinstance(getattr(message, 'content', None), str): raise BadReply('no text')
     return message.content
 
+# %% ../../nbs/04_rewards/11_mllm.ipynb #58aae752
 def no_reply(e, # What the `openai` package raised
              url:str, # Of the server
              model:str # Its model
@@ -303,12 +311,13 @@ def in_threads(f, # Called as `f(*row)`
     pool.shutdown()
     return out
 
+# %% ../../nbs/04_rewards/11_mllm.ipynb #a5f08c5f
 class MLLMGrader(Reward):
     "Pictures graded by a multimodal language model; NaN, counted, where it gave no valid grade"
     name, differentiable, may_fail, slow = 'mllm', False, True, 16
 
     def __init__(self,
-        which:str=None, # `http://host:port/v1#model`, settings after a `?`; `shapes`: the embedded grader
+        which:str=None, # `http://host:port/v1#model`, settings after a `?`; or a model's folder, served here
         settings:Settings=None, # How to ask; what `which` says counts more
         weights:dict=None, # Aspect → weight; None: all alike
         request:dict=None # Added to what is sent; None as a value removes a field, e.g. `temperature`
@@ -317,19 +326,19 @@ class MLLMGrader(Reward):
         w = list(self.weights.values())
         if not set(self.weights) <= set(ASPECTS) or min(w) < 0 or not 0 < sum(w) < math.inf:
             raise ValueError(f"mllm: weights: expected numbers for {', '.join(ASPECTS)}, found {weights}")
-        given = {} if which == 'shapes' else place(which)[2]
+        given = {} if which and Path(which).is_dir() else place(str(which or ''))[2]
         self.s = replace(settings or Settings(), **given)
         Budget(self.s.budget, self.s.price_in, self.s.price_out)
         self.kept = Cache(self.s.cache) if self.s.cache else None
         self.counts, self.barren, self.chat = Counter(), 0, None
 
     def start(self):
-        "Know the server; the embedded grader is started and runs until Python ends"
+        "Know the server; one for a folder is started here and runs until Python ends"
         if self.chat: return
-        which = self.which
-        if which == 'shapes':
+        which = str(self.which)
+        if Path(which).is_dir():
             from diffusion_sharpening.rewards.local_grader import serve
-            stack = ExitStack(); which = stack.enter_context(serve()); atexit.register(stack.close)
+            stack = ExitStack(); which = stack.enter_context(serve(which)); atexit.register(stack.close)
         url, model, _ = place(which)
         self.chat = Chat(url, model, self.s, self.request)
 

@@ -29,6 +29,7 @@ def _from_file(path, which):
     with _importable(path.parent): spec.loader.exec_module(module)
     return module
 
+# %% ../../nbs/04_rewards/17_own.ipynb #5803bdef
 def _import(where, which):
     if where.endswith('.py'): return _from_file(where, which)
     with _importable(Path.cwd()): return importlib.import_module(where)
@@ -63,6 +64,7 @@ def _raised(which, doing, e):
     text = ' '.join(str(e).split())[:300]
     return f'own reward {which!r}: {doing} raised {type(e).__name__}: {text} ({at})'
 
+# %% ../../nbs/04_rewards/17_own.ipynb #3d10c93b
 def _no_name(which, found, part):
     names = [k for k, v in vars(found).items() if callable(v) and k[0] != '_']
     near = get_close_matches(part, names, 1)

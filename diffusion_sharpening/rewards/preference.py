@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['read_pairs', 'ranked', 'opened', 'split_pairs', 'Judge', 'Scorer', 'new_scorer', 'freeze', 'bradley_terry',
-           'pairs_loss', 'wilson', 'pair_accuracy', 'save_preference', 'Preference', 'fit_preference', 'degrade',
-           'shapes_pairs']
+           'pairs_loss', 'wilson', 'pair_accuracy', 'save_preference', 'Preference', 'fit_preference']
 
 # %% ../../nbs/04_rewards/13_preference.ipynb #1084bb70
 import itertools, json, math, random, re, tempfile, torch, torch.nn.functional as F
 from pathlib import Path
 from torch import Tensor, nn
+from ..models.fit import fit, picks
 from .protocol import Reward, as_images
 from .clip import Tower, find_clip, preprocess, read_clip
 from .files import read_state, strict_load
@@ -43,6 +43,7 @@ def ranked(prompt:str, # What all pictures were made for
     "Pairs of a ranking"
     return [(prompt, a, b) for a, b in itertools.combinations(pictures, 2)]
 
+# %% ../../nbs/04_rewards/13_preference.ipynb #730aada5
 def opened(picture # Tensor `(3, H, W)` (float in [0, 1] or uint8), PIL image or path
           )->Tensor: # `(3, H, W)`, float in [0, 1]
     "A picture of a pair as a tensor"
@@ -110,6 +111,7 @@ def _tokens(clip, x, ids):
                                    image_output_fmt='NLC')
     return o['image_intermediates'][-1], o['text_intermediates'][-1], o['image_features']*o['text_features']
 
+# %% ../../nbs/04_rewards/13_preference.ipynb #ebee5f39
 def new_scorer(tower:Tower, # With its own CLIP
                **head # `width`, `layers`, `heads` of the `Judge`
               )->Scorer: # Its scores begin as a multiple of the CLIP score
@@ -152,7 +154,6 @@ def pairs_loss(pairs:list, # To train on
                seed:int=0 # Of the run
               ): # `(net, k) -> scalar`
     "Loss function for `fit`"
-    from diffusion_sharpening.worlds.shapes.base import picks
     def loss(net, k):
         idx, g = picks(len(pairs), batch, seed, k); rows = [pairs[i] for i in idx]
         x = _prepared([row[side] for side in (1, 2) for row in rows], tower.cfg)
@@ -176,6 +177,7 @@ def wilson(wins:float, # Of `n`
     half = z*math.sqrt(p*(1-p)/n + w/(4*n))
     return dict(accuracy=p, low=(p + w/2 - half)/(1+w), high=(p + w/2 + half)/(1+w), n=n)
 
+# %% ../../nbs/04_rewards/13_preference.ipynb #e248dd26
 def pair_accuracy(reward:Reward, # Any
                   pairs:list, # Not trained on
                   chunk:int=64 # Pairs at once, where pictures have one size
@@ -198,7 +200,7 @@ def _scores(reward, xs, texts):
 def save_preference(folder, # Written
                     net:Scorer, # Trained
                     tower:Tower, # It was built on
-                    source:str, # Name of the tower, as for `find_clip`
+                    source, # Name of the tower, as for `find_clip`
                     note:dict # For `preference.json`
                    )->Path:
     "Write a preference model"
@@ -219,12 +221,11 @@ class Preference(Reward):
     name, differentiable = 'preference', True
 
     def __init__(self,
-        which:str=None # `shapes` (embedded), or a folder of `fit_preference`
+        which:str=None # Folder of `fit_preference`
     ):
-        from diffusion_sharpening.worlds.world import weights
-        if which is None: raise ValueError("preference: expected 'shapes' or a folder of fit_preference, as in "
-                                           'preference@shapes; there are no published weights')
-        folder = Path(weights('shapes-preference') if which == 'shapes' else which)
+        if which is None: raise ValueError('preference: expected a folder of fit_preference, as in '
+                                           'preference@FOLDER; there are no published weights')
+        folder = Path(which)
         file = folder/'preference.json'
         if not file.is_file(): raise ValueError(f'preference: expected preference.json in {folder}; '
                                                 'fit_preference writes it')
@@ -245,7 +246,7 @@ class Preference(Reward):
 def fit_preference(
     pairs, # A file for `read_pairs`, or pairs of a prompt, the better and the worse picture
     folder, # Written
-    clip:str='shapes', # Tower to start from, as for `find_clip`
+    clip, # Tower to start from, as for `find_clip`
     steps:int=800, # Updates
     batch:int=32, # Pairs per update
     lr:float=5e-4, # Peak learning rate
@@ -256,7 +257,6 @@ def fit_preference(
     seed:int=0 # Of batches, split and start values
 ) -> Preference: # Its `note` has the accuracy
     "Train a preference model on ranked pairs and write it to a folder"
-    from diffusion_sharpening.models.fit import fit
     pairs = read_pairs(pairs) if isinstance(pairs, (str, Path)) else list(pairs)
     train, test = split_pairs(pairs, held_out, seed)
     torch.manual_seed(seed); head = head or {}
@@ -275,67 +275,3 @@ def fit_preference(
     judge.note['held_out'] = pair_accuracy(judge, test)
     (Path(folder)/'preference.json').write_text(json.dumps(judge.note, indent=1))
     return judge
-
-# %% ../../nbs/04_rewards/13_preference.ipynb #b927d9a9
-def degrade(image:Tensor, # Picture `(3, H, W)` in [0, 1]
-            how:str, # `blur`, `noise` or `broken`
-            level:float, # 0: not at all … 1: badly
-            seed:int=0 # Of the noise, or of the places that break
-           )->Tensor: # `(3, H, W)`
-    "Spoil a picture"
-    g = torch.Generator().manual_seed(seed)
-    if how == 'noise': return (image + .25*level*torch.randn(image.shape, generator=g)).clamp(0, 1)
-    if how == 'blur': return _blur(image, level*image.shape[1]/20)
-    if how == 'broken': return _break(image, round(14*level), g)
-    raise ValueError(f"degrade: expected 'blur', 'noise' or 'broken', found {how!r}")
-
-def _blur(image, sigma):
-    if sigma < .05: return image
-    k = torch.arange(-int(3*sigma+1), int(3*sigma+1)+1); k = torch.exp(-k**2/(2*sigma**2)); k = k/k.sum()
-    x = F.pad(image[None], (len(k)//2,)*4, mode='replicate')[0][:, None]
-    return torch.conv2d(torch.conv2d(x, k.view(1, 1, -1, 1)), k.view(1, 1, 1, -1))[:, 0]
-
-def _break(image, n, g):
-    H, W = image.shape[1:]; grey = image.mean(0); edge = torch.zeros(H, W)
-    edge[1:, 1:] = grey.diff(dim=0)[:, 1:].abs() + grey.diff(dim=1)[1:].abs()
-    spots = (edge > .1).nonzero()
-    if not len(spots) or not n: return image
-    at = spots[torch.randint(len(spots), (n,), generator=g)]; r = H/64*(2 + 2*torch.rand(n, generator=g))
-    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing='ij')
-    bite = ((y - at[:, :1, None])**2 + (x - at[:, 1:, None])**2 < r.view(-1, 1, 1)**2).any(0)
-    return torch.where(bite, image.flatten(1).median(1).values.view(3, 1, 1), image)
-
-# %% ../../nbs/04_rewards/13_preference.ipynb #dda142f5
-def shapes_pairs(n:int, # How many
-                 seed:int=0, # Same seed, same pairs
-                 split:str='train' # `train` shows no held-out caption, not even as a wrong picture
-                )->tuple: # Pairs with uint8 pictures, and the probability `(n,)` of each choice
-    "Made-up choices between pictures of Shapes"
-    from diffusion_sharpening.worlds.shapes.draw import CATEGORIES, caption
-    rng, pairs, probs = random.Random(f'choices-{split}-{seed}'), [], []
-    while len(pairs) < n:
-        text = caption(rng, CATEGORIES[len(pairs) % 6], split)
-        a, b = (_plan(rng) for _ in range(2))
-        if abs(a[0] - b[0]) < .3: continue
-        p = 1/(1 + math.exp(b[0] - a[0]))
-        if rng.random() > p: a, b, p = b, a, 1-p
-        pairs.append((text, *(_draw(text, o, rng, split) for o in (a, b)))); probs.append(p)
-    return pairs, torch.tensor(probs)
-
-def _plan(rng):
-    "Value, wrong points, kind and level of damage"
-    wrong, level = rng.choices([0, 1, 2], [.5, .35, .15])[0], rng.choice([0., rng.uniform(.15, 1)])
-    return -2*wrong - 3*level, wrong, rng.choice(['blur', 'noise', 'broken']), level
-
-def _draw(text, plan, rng, split):
-    from diffusion_sharpening.worlds.shapes.clip import near_miss
-    from diffusion_sharpening.worlds.shapes.draw import held_out, picture
-    _, wrong, how, level = plan
-    for _ in range(100):
-        shown = text
-        for _ in range(wrong): shown = near_miss(shown, rng)
-        if wrong and (shown == text or split == 'train' and held_out(shown)): continue
-        try: x = degrade(picture(shown, rng.random(), split), how, level, rng.randrange(10**9))
-        except ValueError: continue                                  # the things do not fit into the frame
-        return (x*255).round().to(torch.uint8)
-    raise ValueError(f'preference: found no near miss of {text!r}')

@@ -13,11 +13,13 @@ from torch import Tensor
 class RewardError(ValueError):
     "A reward did not give one finite number per picture"
 
+# %% ../../nbs/04_rewards/01_protocol.ipynb #310460bb
 class NonFinite(RewardError):
     "A reward gave numbers that are not finite"
 
 def _floats(x): return x.float()/255 if x.dtype == torch.uint8 else x.float()
 
+# %% ../../nbs/04_rewards/01_protocol.ipynb #43516d9b
 def _picture(im): # Float32 `(3, H, W)` of a PIL image or a tensor
     if hasattr(im, 'convert'):
         import numpy as np
@@ -26,6 +28,7 @@ def _picture(im): # Float32 `(3, H, W)` of a PIL image or a tensor
     found = tuple(im.shape) if hasattr(im, 'shape') else type(im).__name__
     raise ValueError(f'images: expected PIL images or tensors (3, H, W), found {found}')
 
+# %% ../../nbs/04_rewards/01_protocol.ipynb #140eebdf
 def by_size(images # As `as_images` takes them, but a list may mix sizes
            )->list: # Pairs of positions and a float32 tensor `(b, 3, H, W)` in [0, 1]
     "Pictures grouped by size"
@@ -37,6 +40,7 @@ def by_size(images # As `as_images` takes them, but a list may mix sizes
     if not rows: raise ValueError('images: expected at least one picture, found none')
     return [(at, torch.stack([rows[i] for i in at])) for at in groups.values()]
 
+# %% ../../nbs/04_rewards/01_protocol.ipynb #4cea7d2e
 def as_images(images # Tensor `(B, 3, H, W)` (float in [0, 1] or uint8), or a list of PIL images or tensors
              )->Tensor: # Float32 `(B, 3, H, W)` in [0, 1]; ValueError where sizes differ
     "Pictures of one size as one tensor"
@@ -68,6 +72,7 @@ class Reward:
                for at, x in parts]
         return got[0] if len(got) == 1 else torch.cat(got)[torch.tensor(order).argsort()]
 
+# %% ../../nbs/04_rewards/01_protocol.ipynb #f3f69e4a
 def finite_scores(name:str, # Of the reward
                   scores, # What it returned
                   at:list, # The positions of the pictures it got

@@ -26,6 +26,7 @@ def to_png(image:Tensor # `(3, H, W)` in [0, 1]
     Image.fromarray(a).save(buf := io.BytesIO(), 'PNG', compress_level=1)
     return buf.getvalue()
 
+# %% ../../nbs/04_rewards/16_remote.ipynb #534de714
 def from_png(data:bytes # A picture file
             )->Tensor: # Float `(3, H, W)` in [0, 1]; ValueError if it cannot be read
     "Read a picture"
@@ -44,6 +45,7 @@ def pack(images:Tensor, # `(B, 3, H, W)` in [0, 1]
     images = [base64.b64encode(to_png(x)).decode() for x in images]
     return json.dumps(dict(prompts=list(prompts), images=images)).encode()
 
+# %% ../../nbs/04_rewards/16_remote.ipynb #1cf29b78
 def unpack(body:bytes # Of a request
           )->tuple: # List of pictures `(3, H, W)`, list of prompts; ValueError says what does not fit
     "Read a request"
@@ -134,6 +136,7 @@ def serve(reward:Reward, # What computes the scores
         try: server.serve_forever()
         except KeyboardInterrupt: pass
 
+# %% ../../nbs/04_rewards/16_remote.ipynb #56a03f98
 @contextmanager
 def serving(reward:Reward, **where): # Gives the URL; `where` as for `make_server`
     "A server for the length of a block"
@@ -152,6 +155,7 @@ def _opener(url):
     local = urlsplit(url).hostname in _LOCAL
     return request.build_opener(_Stay, *([request.ProxyHandler({})] if local else []))
 
+# %% ../../nbs/04_rewards/16_remote.ipynb #1aa3bd90
 def _said(e): # What an error reply says
     try: text = str(json.loads(e.read(2000))['error'])
     except Exception: text = e.reason

@@ -26,6 +26,7 @@ def iou(a, # Box `(left, top, right, bottom)`
     union = area(a) + area(b) - w*h
     return w*h/union if union > 0 else 0.
 
+# %% ../../nbs/04_rewards/09_spatial.ipynb #864ed37f
 def position(relation:str, # One of `SIDES` or `NEAR`, the wording of the benchmark
              a, # Box of the first thing
              b, # Box of the second

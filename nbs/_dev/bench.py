@@ -19,7 +19,7 @@ def model_folder(name, tmp):
     return str(Path(tmp)/'shapes-sdxl')
 
 def load(folder, guidance=1.):
-    from diffusion_sharpening.commands.jobs import quiet
+    from diffusion_sharpening.commands.load import quiet
     from diffusion_sharpening.models.denoiser import Denoiser
     quiet()
     return Denoiser.from_pretrained(folder, guidance=guidance)

@@ -5,7 +5,8 @@
 import argparse, json
 from pathlib import Path
 import torch
-from diffusion_sharpening.commands import jobs
+from diffusion_sharpening.commands.provenance import provenance
+from diffusion_sharpening.commands.train import train
 
 root = Path(__file__).resolve().parents[2]
 LR = dict(sft=1e-4, rlhf=5e-4)    # at 5e-4 every preset of SFT lost in an earlier comparison
@@ -15,7 +16,7 @@ def one(method, preset, seed, seconds, folder):
     "Train once, unless its report is there"
     out = folder/f'{method}-{preset}-{seed}'
     if not (out/'report.json').exists():
-        jobs.train(method, preset=preset, out=str(out), seed=seed, seconds=seconds, steps=10**6, lr=LR[method])
+        train(method, preset=preset, out=str(out), seed=seed, seconds=seconds, steps=10**6, lr=LR[method])
     return json.loads((out/'report.json').read_text())
 
 def pooled(reps, pick):
@@ -39,7 +40,7 @@ def compare(names, seeds, seconds, command):
     for s in range(seeds):
         for n in names: reps[n].append(one(*n.split('-'), s, seconds, folder)); print(n, s, reps[n][-1]['delta']['checker']['overall'], flush=True)
         rows = [row(*n.split('-'), r) for n, r in reps.items()]
-        out.write_text(json.dumps(dict(command=command, heldout_prompts=reps[names[0]][0]['heldout_prompts'], rows=rows, **jobs.provenance()), indent=1)+'\n')
+        out.write_text(json.dumps(dict(command=command, heldout_prompts=reps[names[0]][0]['heldout_prompts'], rows=rows, **provenance()), indent=1)+'\n')
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

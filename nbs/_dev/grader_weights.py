@@ -12,7 +12,7 @@ def main():
     p.add_argument('--out', default=root/'data'/'shapes-grader', help='where the weights go')
     args = p.parse_args()
     import torch
-    from diffusion_sharpening.rewards.local_grader import train_grader
+    from diffusion_sharpening.worlds.shapes.grader import train_grader
     torch.set_num_threads(1)
     net, _ = train_grader(args.work)
     made, out = Path(args.work)/'shapes-grader', Path(args.out)

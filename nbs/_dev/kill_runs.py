@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 torch.set_num_threads(1)
-from diffusion_sharpening.commands import jobs
+from diffusion_sharpening.commands.load import quiet
+from diffusion_sharpening.commands.provenance import provenance
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sdxl
@@ -56,7 +57,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--runs', type=int, default=200); p.add_argument('--steps', type=int, default=6)
     p.add_argument('--seed', type=int, default=0); p.add_argument('--dry', action='store_true', help='write no summary')
-    a = p.parse_args(); jobs.quiet(); rng, kills, same, t0 = random.Random(a.seed), 0, 0, time.time()
+    a = p.parse_args(); quiet(); rng, kills, same, t0 = random.Random(a.seed), 0, 0, time.time()
     with tempfile.TemporaryDirectory() as d:
         d = Path(d); tiny_sdxl(d/'model')
         t = time.time(); sitting(d/'model', d/'whole', a.steps, None); length = time.time() - t
@@ -69,7 +70,7 @@ def main():
     print(line)
     if not a.dry:
         rep = dict(runs=a.runs, identical=same, kills=kills, batches=a.steps, seconds=round(time.time()-t0, 1), summary=line,
-                   command=f'python nbs/_dev/kill_runs.py --runs {a.runs} --steps {a.steps} --seed {a.seed}', **jobs.provenance())
+                   command=f'python nbs/_dev/kill_runs.py --runs {a.runs} --steps {a.steps} --seed {a.seed}', **provenance())
         (root/'data'/'results'/'kill_runs.json').write_text(json.dumps(rep, indent=1)+'\n')
     sys.exit(same != a.runs)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from diffusion_sharpening.basics.stats import interval
 from diffusion_sharpening.evaluation.measure import evaluate
-from diffusion_sharpening.commands.jobs import load_model, provenance
+from diffusion_sharpening.commands.load import load_model
+from diffusion_sharpening.commands.provenance import provenance
 from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.basics.seeds import START, fold, noise
 from diffusion_sharpening.maths.rollout import rollout

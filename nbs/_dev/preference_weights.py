@@ -3,11 +3,13 @@
 import argparse, json, platform, time
 from pathlib import Path
 import torch
-from diffusion_sharpening.rewards.aesthetic import fit_aesthetic, rated_shapes
+from diffusion_sharpening.rewards.aesthetic import fit_aesthetic
+from diffusion_sharpening.worlds.shapes.ratings import rated_shapes
 from diffusion_sharpening.basics.stats import rank_correlation
 from diffusion_sharpening.basics.files import digest
 from diffusion_sharpening.rewards.clip import CLIPScore, find_clip
-from diffusion_sharpening.rewards.preference import fit_preference, pair_accuracy, shapes_pairs
+from diffusion_sharpening.rewards.preference import fit_preference, pair_accuracy
+from diffusion_sharpening.worlds.shapes.choices import shapes_choices
 from diffusion_sharpening.worlds.shapes.exam import by_category, check
 from diffusion_sharpening.worlds.shapes.clip import reconstruct
 from diffusion_sharpening.worlds.world import weights
@@ -17,7 +19,7 @@ def choices(n, work, vae):
     "Training pairs, drawn once; both pictures of every fourth pair have been through the autoencoder"
     words = work/f'pairs-{n}.json'
     def draw():
-        pairs, p = shapes_pairs(n)
+        pairs, p = shapes_choices(n)
         texts, *sides = zip(*pairs)
         sides = [torch.stack(s) for s in sides]
         for s in sides: s[::4] = reconstruct(vae, s[::4])
@@ -50,19 +52,19 @@ def main():
     vae = AutoencoderKL.from_pretrained(weights('shapes-sdxl')/'vae').eval()
     pairs = choices(args.pairs, work, vae)
     drawn = time.time()
-    clip = digest(find_clip('shapes')[2])
+    small = CLIPScore(weights('shapes-clip')); clip = digest(find_clip(weights('shapes-clip'))[2])
     state = work/f'state-{clip[:8]}-{args.pairs}-{args.steps}'        # a CLIP trained again starts a new run
-    judge = fit_preference(pairs, out/'shapes-preference', steps=args.steps, state=state)
+    judge = fit_preference(pairs, out/'shapes-preference', out/'shapes-clip', steps=args.steps, state=state)
     fitted = time.time()
     rated, stars, _ = rated_shapes(args.rated)
-    taste = fit_aesthetic(out/'shapes-aesthetic', rated, stars, 'shapes')
-    held, prob = shapes_pairs(args.test, 1, 'heldout')
+    taste = fit_aesthetic(out/'shapes-aesthetic', rated, stars, out/'shapes-clip')
+    held, prob = shapes_choices(args.test, 1, 'heldout')
     new, true, texts = rated_shapes(max(12, args.test//2), 1, 'heldout')
     result = dict(
         command=f'python nbs/_dev/preference_weights.py --pairs {args.pairs} --steps {args.steps}',
         machine=platform.processor() or platform.machine(), torch=torch.__version__, threads=1, clip_sha256=clip,
         possible=torch.maximum(prob, 1-prob).mean().item(),
-        held_out_captions={r.name: pair_accuracy(r, held) for r in (judge, CLIPScore('shapes'))},
+        held_out_captions={r.name: pair_accuracy(r, held) for r in (judge, small)},
         held_out_prompts_of_training=judge.note['held_out'], checker=with_checker(judge, held[:240]),
         aesthetic=dict(rank_correlation_with_ratings=rank_correlation(taste(new, texts), true),
                        checker=with_checker(taste, held[:240])),

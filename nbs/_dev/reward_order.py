@@ -6,7 +6,8 @@ import argparse, json
 from pathlib import Path
 import torch
 from diffusion_sharpening.basics.stats import interval, shown
-from diffusion_sharpening.commands.jobs import load_model, provenance
+from diffusion_sharpening.commands.load import load_model
+from diffusion_sharpening.commands.provenance import provenance
 from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.worlds.shapes.exam import by_category, check
 from diffusion_sharpening.worlds.shapes.draw import prompts

@@ -50,8 +50,9 @@ def main():
     n = p.parse_args().n
     import torch
     from diffusion_sharpening.rewards.local_grader import serve
+    from diffusion_sharpening.worlds.world import weights
     torch.set_num_threads(1); start = time.time()
-    with serve(wait=1200) as which:
+    with serve(weights('shapes-grader'), wait=1200) as which:
         out = dict(what='the embedded grader of Shapes behind `transformers serve` on one thread: accuracy against '
                         'the exact checker, and time per picture',
                    command=f'python nbs/_dev/rewards_mllm.py --n {n}',

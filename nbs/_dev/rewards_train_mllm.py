@@ -35,8 +35,9 @@ def main():
     import torch
     from diffusion_sharpening.commands import cli
     from diffusion_sharpening.rewards.local_grader import serve
+    from diffusion_sharpening.worlds.world import weights
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as d, serve(wait=1200) as which:
+    with tempfile.TemporaryDirectory() as d, serve(weights('shapes-grader'), wait=1200) as which:
         start = time.time()
         if cli.run(command(which, Path(d)/'run', steps)): sys.exit('the training failed')
         out = dict(what='sharpen train rlhf with the CLIP score and the grader behind `transformers serve`, end to end',

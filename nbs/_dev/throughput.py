@@ -10,6 +10,9 @@ from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 
+from diffusion_sharpening.names.catalog import load_reward
+from diffusion_sharpening.worlds.world import weights
+
 root = Path(__file__).resolve().parents[2]
 pkg = 'diffusion_sharpening.rewards.'
 MAKE, stack = {}, ExitStack()
@@ -20,17 +23,17 @@ def load(where, *args, **kw):
     return getattr(import_module(pkg+module), name)(*args, **kw)
 
 @small
-def clip(d): return load('clip:CLIPScore', 'shapes')
+def clip(d): return load_reward('clip@shapes')
 @small
-def checker(d): return load('checker:Checker')
+def checker(d): return load_reward('checker', train=False)
 @small
 def own(d): return load('own:Own', lambda images, prompts: images.mean((1, 2, 3)))
 @small
-def combined(d): return load('combined:Combined', [clip(d), own(d)], [.7, .3])
+def combined(d): return load('mixture:Combined', [clip(d), own(d)], [.7, .3])
 @small
 def remote(d): return load('remote:Remote', stack.enter_context(load('remote:serving', clip(d))))
 @small
-def preference(d): return load('preference:Preference', 'shapes')
+def preference(d): return load_reward('preference@shapes')
 @small
 def vqa(d): load('vqa:tiny_vlm', d); return load('vqa:VQAScore', str(d))
 @small
@@ -38,12 +41,12 @@ def blip_vqa(d): return load('blip_vqa:BlipVQA', str(load('blip_vqa:tiny_blip_vq
 @small
 def spatial(d): return load('spatial:Spatial', str(load('spatial:tiny_owlv2', d)), threshold=0.)
 @small
-def mllm(d): return load('mllm:MLLMGrader', 'shapes')
+def mllm(d): return load_reward('mllm@shapes')
 
 @small
 def aesthetic(d):
     x = torch.rand(8, 3, 64, 64)
-    return load('aesthetic:fit_aesthetic', d, x, x.mean((1, 2, 3)), 'shapes')
+    return load('aesthetic:fit_aesthetic', d, x, x.mean((1, 2, 3)), weights('shapes-clip'))
 
 def _words(d): # A vocabulary of Shapes captions for BERT
     from diffusion_sharpening.worlds.shapes.draw import prompts
@@ -67,7 +70,6 @@ def compositional(d):
 @small
 def hps(d):
     import open_clip
-    from diffusion_sharpening.worlds.world import weights
     src = weights('shapes-clip').resolve(); cfg = json.loads((src/'open_clip_config.json').read_text())['model_cfg']
     cfg['text_cfg']['hf_tokenizer_name'] = str(src); d.mkdir(exist_ok=True)
     (d/'throughput-small.json').write_text(json.dumps(cfg)); open_clip.add_model_config(d/'throughput-small.json')
@@ -77,7 +79,6 @@ def hps(d):
 @small
 def pickscore(d):
     from transformers import CLIPConfig, CLIPModel
-    from diffusion_sharpening.worlds.world import weights
     size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     text = dict(**size, vocab_size=37, max_position_embeddings=20, eos_token_id=36, bos_token_id=35, pad_token_id=0)
     CLIPModel(CLIPConfig(text_config=text, vision_config=dict(**size, image_size=64, patch_size=16), projection_dim=24)).save_pretrained(d)

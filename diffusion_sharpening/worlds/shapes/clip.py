@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 import torch, torch.nn.functional as F
 from ...models.fit import fit
-from .base import picks, to_unit
+from ...models.fit import picks
+from .base import to_unit
 from .draw import (
     COLOURS, NON_SPATIAL, SHAPES, SIZES, SPATIAL, TEXTURES, Spec, held_out, parse)
 

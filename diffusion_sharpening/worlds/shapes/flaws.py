@@ -15,7 +15,8 @@ from ...basics.seeds import START, noise
 from ...maths.rollout import rollout
 from .clip import both_ways, near_miss, new_clip, reconstruct
 from ...models.fit import fit, kept
-from .base import picks, to_unit
+from ...models.fit import picks
+from .base import to_unit
 from .draw import Spec, held_out, parse, picture
 
 # %% ../../../nbs/05_worlds/shapes/05_flaws.ipynb #4d789a8e
