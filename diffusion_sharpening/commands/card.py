@@ -12,18 +12,21 @@ from urllib.parse import urlsplit
 from ..basics.files import finite
 from ..basics.stats import shown
 
-# %% ../../nbs/13_commands/00_card.ipynb #e7de80a0
+# %% ../../nbs/13_commands/00_card.ipynb #d5d4a29f
 def host_kind(host:str # Name or number of a host
              )->str:
     "Whether a host is this machine, in a private network, or public"
     try: ip = ipaddress.ip_address(host)
     except ValueError: ip = None
     if host == 'localhost' or (ip and ip.is_loopback): return 'this machine'
-    inside = ip.is_private or ip.is_link_local if ip else '.' not in host or host.endswith(('.local', '.internal', '.lan'))
+    inside = ip.is_private or ip.is_link_local if ip else '.' not in host or host.endswith(('.local',
+                                                                                            '.internal',
+                                                                                            '.lan'))
     return 'private host' if inside else 'public host'
 
-# %% ../../nbs/13_commands/00_card.ipynb #ff8fc5f0
-_files = 'py txt csv tsv json jsonl parquet safetensors pt pth bin ckpt yaml png jpg jpeg webp'.replace(' ', '|')
+# %% ../../nbs/13_commands/00_card.ipynb #4e31a679
+_files = 'py txt csv tsv json jsonl parquet safetensors pt pth bin ckpt yaml png jpg jpeg webp'.replace(' ',
+                                                                                                        '|')
 
 def _last(path): # What stays of a path
     path = path.strip('\'"')
@@ -37,11 +40,13 @@ def _origin(url): # What stays of an address
     kept = f'#{_last(name[1])}' if name else ''
     return f"{url.split(':')[0]}://[{host_kind(host)}]{kept}"
 
-# %% ../../nbs/13_commands/00_card.ipynb #afc40afe
+# %% ../../nbs/13_commands/00_card.ipynb #c9907e9f
 _telling = re.compile(r"""(?P<url>\b[A-Za-z][A-Za-z0-9+.-]*://[^\s,;'")>]*)      # in this order
     | (?P<key>\b(?:sk-|hf_|ghp_|AKIA)[\w-]{12,})
-    | (?P<path>"[^"\n]*[/\\][^"\n]*" | '[^'\n]*[/\\][^'\n]*' | [^\s,;:@=()\[\]'"]*[/\\][^\s,;:@=()\[\]'"]*)""", re.X)
-_spaced = re.compile(r'(/|~|\.\.?/|[A-Za-z]:[/\\])[^,:@]*')                       # a path, as the whole of a text
+    | (?P<path>"[^"\n]*[/\\][^"\n]*" | '[^'\n]*[/\\][^'\n]*'
+      | [^\s,;:@=()\[\]'"]*[/\\][^\s,;:@=()\[\]'"]*)""", re.X)
+# a path, as the whole of a text
+_spaced = re.compile(r'(/|~|\.\.?/|[A-Za-z]:[/\\])[^,:@]*')
 _stays = dict(url=_origin, key=lambda _: '[key]', path=_last)
 
 def redact(o # Texts, and lists and dicts with them
@@ -69,14 +74,15 @@ def hub_name(model:str # As a run was asked for it
     good = re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', str(model)) and not Path(model).exists()
     return str(model) if good else None
 
-# %% ../../nbs/13_commands/00_card.ipynb #0afa7845
+# %% ../../nbs/13_commands/00_card.ipynb #98fe5383
 def _front(rep, full): # The block of YAML that the Hub reads
     base = hub_name(rep['model'])
-    known = ['library_name: diffusers', 'pipeline_tag: text-to-image', *([f'base_model: {base}'] if base else [])]
+    known = ['library_name: diffusers', 'pipeline_tag: text-to-image',
+             *([f'base_model: {base}'] if base else [])]
     tags = ['text-to-image', 'diffusers', 'diffusion-sharpening'] + ['lora']*(not full)
     return ['---', *known, 'tags:', *(f'- {t}' for t in tags), '---', '']
 
-# %% ../../nbs/13_commands/00_card.ipynb #578012f0
+# %% ../../nbs/13_commands/00_card.ipynb #b670d74d
 def _rows(side): # Name → interval, of the trained reward and of every exam
     exams = {f'{name}, {k}': v for name, part in side.items() if name not in ('reward', 'image_stats')
              for k, v in part.items() if isinstance(v, dict) and 'mean' in v}
@@ -89,7 +95,8 @@ def _results(rep):
     row = lambda b, a, d: f"{shown(b, over='')} | {shown(a, over='')} | {shown(d, '+', over='')}"
     rows = [f"| {name(k)} | {row(*(s[k] for s in sides))} |" for k in sides[0] if all(k in s for s in sides)]
     about = rep.get('measured_on') or f"{rep['heldout_prompts']} held-out prompts"
-    return [f'{escaped(about)}, the same seeds before and after, with 95 % intervals. The reward was trained on.', '',
+    return [f'{escaped(about)}, the same seeds before and after, with 95 % intervals. '
+            'The reward was trained on.', '',
             '| | before | after | change |', '|---|---|---|---|', *rows]
 
 # %% ../../nbs/13_commands/00_card.ipynb #edc0abdc
@@ -100,7 +107,7 @@ def _usage(repo, base, full):
     code = ['from diffusers import DiffusionPipeline', *load, "image = pipe('a prompt').images[0]"]
     return ['```python', *(l.replace('`', "'") for l in code), '```', '', *more]
 
-# %% ../../nbs/13_commands/00_card.ipynb #1c7e70f7
+# %% ../../nbs/13_commands/00_card.ipynb #8c5e3b67
 _told = 'seed steps seconds nfe_training skipped device versions git_commit'.split()
 
 def model_card(
@@ -111,8 +118,11 @@ def model_card(
     "A model card from what a run reports"
     base = hub_name(rep['model']) or redact(Path(rep['model']).name)
     told = redact({k: rep[k] for k in _told if rep.get(k) is not None} | rep.get('settings', {}))
-    about = (f"{'All weights' if full else 'A LoRA'} of {escaped(base)}, fine-tuned with {escaped(rep['method'])} (preset "
-             f"{escaped(rep['preset'])}) of diffusion_sharpening on the reward {escaped(redact(rep['reward']))}.")
+    what = 'All weights' if full else 'A LoRA'
+    about = (f"{what} of {escaped(base)}, fine-tuned with {escaped(rep['method'])} (preset "
+             f"{escaped(rep['preset'])}) of diffusion_sharpening on the reward "
+             f"{escaped(redact(rep['reward']))}.")
     made = ['## How it was made', '', '```json', _json(told), '```', '']
-    return '\n'.join([*_front(rep, full), f"# {repo.split('/')[-1]}", '', about, '', *_usage(repo, base, full),
+    return '\n'.join([*_front(rep, full), f"# {repo.split('/')[-1]}", '', about, '',
+                      *_usage(repo, base, full),
                       '## Measured', '', *_results(rep), '', *made])

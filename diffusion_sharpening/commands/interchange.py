@@ -83,11 +83,12 @@ def _layers(model):  # Kohya's name → diffusers' name of every layer that coul
         out.setdefault(k, k)                                              # those of training scripts
     return out
 
-# %% ../../nbs/13_commands/01_interchange.ipynb #f5b19ccf
+# %% ../../nbs/13_commands/01_interchange.ipynb #425724da
 _forms = (r'(?P<layer>lora_\w+?)\.(?:lora_(?P<side>down|up)\.weight|(?P<alpha>alpha))',
           r'(?:unet\.)?(?P<layer>[\w.]+)\.lora\.(?P<side>down|up)\.weight',
           r'(?:unet\.)?(?P<layer>[\w.]+)\.processor\.(?P<attn>to_\w+)_lora\.(?P<side>down|up)\.weight')
-_others = dict(dora_scale='DoRA', lora_mid='LoCon', hada_w='LoHa', lokr_w='LoKr', diff='whole differences of weights',
+_others = dict(dora_scale='DoRA', lora_mid='LoCon', hada_w='LoHa', lokr_w='LoKr',
+               diff='whole differences of weights',
                text_encoder='a text encoder', lora_te='a text encoder')
 
 def _entry(key): # Layer and what of it: down, up or alpha; None for anything else
@@ -162,15 +163,16 @@ def run_report(run_dir # Folder of a training
     if isinstance(rep, dict) and {'method', 'model', 'reward'} <= rep.keys(): return rep
     raise ValueError(f'run: {run_dir}/report.json is not the report of a training')
 
-# %% ../../nbs/13_commands/01_interchange.ipynb #55d30cb7
+# %% ../../nbs/13_commands/01_interchange.ipynb #58c2dbbb
 def run_weights(run_dir, # Folder of a training
                 rep:dict # Its report
-               )->bool: # Is it a whole pipeline rather than a LoRA? `ValueError` if the weights are not the report's
+               )->bool: # A pipeline rather than a LoRA? `ValueError` if the weights are not the report's
     "Check that the weights of a run are those that were measured"
     full = rep.get('settings', {}).get('run', {}).get('rank', 1) == 0
     name, other = ('model', lora_file) if full else (lora_file, 'model')
     if os.path.lexists(Path(run_dir)/other):
-        raise ValueError(f'run: {run_dir}/{other} is not of the run in report.json, which has {name}; move it away')
+        raise ValueError(f'run: {run_dir}/{other} is not of the run in report.json, which has {name}; '
+                         'move it away')
     if not os.path.lexists(Path(run_dir)/name):
         raise ValueError(f'run: expected {name} in {run_dir}, found none')
     if 'weights' in rep and sums(run_dir, name) != rep['weights']:
@@ -222,7 +224,7 @@ def _upload(api, repo, dir, private): # Its address
         why = (str(e).strip() or 'no reason').splitlines()[0]
         raise ValueError(f'push: the Hub says {type(e).__name__}: {why}') from None
 
-# %% ../../nbs/13_commands/01_interchange.ipynb #b8bbb51a
+# %% ../../nbs/13_commands/01_interchange.ipynb #3a6cc9e6
 def push(
     run_dir:str, # Folder of a training
     repo:str, # owner/name on the Hugging Face Hub
@@ -236,7 +238,9 @@ def push(
     except (HFValidationError, ValueError):
         raise ValueError(f'repo: expected owner/name, found {repo!r}') from None
     with tempfile.TemporaryDirectory() as tmp:
-        dir = Path(tmp); _gather(run_dir, repo, dir); card, url = (dir/'README.md').read_text(encoding='utf-8'), None
+        dir = Path(tmp)
+        _gather(run_dir, repo, dir)
+        card, url = (dir/'README.md').read_text(encoding='utf-8'), None
         there = [p for p in sorted(dir.rglob('*')) if p.is_file()]
         files = {p.relative_to(dir).as_posix(): p.stat().st_size for p in there}
         if not dry_run: url = _upload(HfApi(), repo, dir, private)
@@ -250,11 +254,15 @@ def decode_problem(
     "What is wrong with decoded pictures: NaN, or one flat colour each"
     x = images.float().reshape(-1, *images.shape[-3:]); bad = ~x.isfinite().flatten(1).all(1)
     half = ' (in float16, which overflows)' if dtype == torch.float16 else ''
-    if bad.any(): return (
-        f"decode: {int(bad.sum())} of {len(x)} pictures from the autoencoder{half} are NaN; pass dtype='bfloat16', "
+    if bad.any():
+        return (
+        f"decode: {int(bad.sum())} of {len(x)} pictures from the autoencoder{half} are NaN; "
+        "pass dtype='bfloat16', "
         "call pipe.vae.float(), or take the fp16-safe vae='madebyollin/sdxl-vae-fp16-fix'")
-    if (x.flatten(2).std(-1).amax(1) < 2e-3).all(): return (
-        f'decode: all {len(x)} pictures are blank; has the model collapsed, or are its latents scaled for another autoencoder?')
+    if (x.flatten(2).std(-1).amax(1) < 2e-3).all():
+        return (
+        f'decode: all {len(x)} pictures are blank; has the model collapsed, '
+        'or are its latents scaled for another autoencoder?')
 
 # %% ../../nbs/13_commands/01_interchange.ipynb #6ffd9808
 @torch.no_grad()

@@ -20,7 +20,7 @@ class FolderError(ValueError):
 
 def _me(): return f'{os.getpid()} on {socket.gethostname()}'
 
-# %% ../../nbs/12_training/08_folder.ipynb #1d5a01df
+# %% ../../nbs/12_training/08_folder.ipynb #fd1162b8
 def _take(path): # The open file of a lock; `FolderError` names the process that has it
     while True:
         f = open(path, 'a+')
@@ -28,7 +28,8 @@ def _take(path): # The open file of a lock; `FolderError` names the process that
         except BlockingIOError:
             f.seek(0); who = f.read().strip().removesuffix(f' on {socket.gethostname()}')
             f.close()
-            raise FolderError(f'out: {path.parent} is in use by process {who}; wait for it, or name another --out') from None
+            raise FolderError(f'out: {path.parent} is in use by process {who}; wait for it, '
+                              'or name another --out') from None
         if path.exists() and os.path.samestat(os.fstat(f.fileno()), path.stat()): break
         f.close()                                        # the one before has just removed it
     f.truncate(0); f.write(_me()); f.flush()
@@ -49,9 +50,11 @@ def locked(folder # For results; made if needed
         for p in made:
             if p.is_dir() and not any(p.iterdir()): p.rmdir()
 
-# %% ../../nbs/12_training/08_folder.ipynb #bcc89f53
-RESULTS = ('run.json', 'metrics.jsonl', 'checkpoints', 'trackers', lora_file, 'lora_kohya.safetensors', 'model',
-           'report.json', 'reward_curve.png', 'before_after.png')     # What a run writes, by name
+# %% ../../nbs/12_training/08_folder.ipynb #2d2689f9
+# What a run writes, by name
+RESULTS = ('run.json', 'metrics.jsonl', 'checkpoints', 'trackers', lora_file, 'lora_kohya.safetensors',
+           'model',
+           'report.json', 'reward_curve.png', 'before_after.png')
 
 # %% ../../nbs/12_training/08_folder.ipynb #d2ef4bbb
 def read_run(folder # Of a run
@@ -96,19 +99,22 @@ def owned(folder # Of a run
     try: return tuple(read_json(Path(folder)/'manifest.json')['written by diffusion_sharpening'])
     except (ValueError, KeyError, TypeError): return ()
 
-# %% ../../nbs/12_training/08_folder.ipynb #755d7511
+# %% ../../nbs/12_training/08_folder.ipynb #af44147f
 _what_to_do = {'a finished': 'train it longer with --steps N --resume', 'a run': 'go on with it: --resume'}
 
 def check_unused(folder # For the results of a new run
                 ):
     "`FolderError` if another run, or a file of somebody else, has the place of the results"
     there = [n for n in (*RESULTS, 'manifest.json') if os.path.lexists(Path(folder)/n)]
-    if there == ['manifest.json'] and owned(folder): return    # a run that was killed before it had done anything
+    # a run that was killed before it had done anything
+    if there == ['manifest.json'] and owned(folder): return
     what = describe(folder)
     if what:
         how = next((f'{v} {folder}, or ' for k, v in _what_to_do.items() if what.startswith(k)), '')
         raise FolderError(f'out: {folder} holds {what}; {how}name another --out')
-    if there: raise FolderError(f"out: {folder} has {', '.join(there)}, not of a run of this library; name another --out")
+    if there:
+        raise FolderError(f"out: {folder} has {', '.join(there)}, not of a run of this library; "
+                          'name another --out')
 
 # %% ../../nbs/12_training/08_folder.ipynb #ea4ff50c
 def begin(folder, # Locked, for the results of a new run
@@ -119,15 +125,17 @@ def begin(folder, # Locked, for the results of a new run
     write_json(Path(folder)/'manifest.json', {'written by diffusion_sharpening': RESULTS})
     write_json(Path(folder)/'run.json', run)
 
-# %% ../../nbs/12_training/08_folder.ipynb #89360142
+# %% ../../nbs/12_training/08_folder.ipynb #11142139
 def go_on(folder, # Locked, of a run whose checkpoint was restored
           run:dict # What is asked for now
          ):
     "Take up the run in a folder; `FolderError`, and nothing written, if a file there is somebody else's"
-    folder = Path(folder); own = owned(folder) or RESULTS           # runs of earlier versions have no manifest
+    # runs of earlier versions have no manifest
+    folder = Path(folder); own = owned(folder) or RESULTS
     if odd := [n for n in RESULTS if os.path.lexists(folder/n) and n not in own]:
         raise FolderError(f"resume: {folder} has {', '.join(odd)}, not of this run; move it away")
-    if rep := read_report(folder): os.replace(folder/'report.json', folder/f"report-{rep.get('batches', 0)}.json")
+    if rep := read_report(folder):
+        os.replace(folder/'report.json', folder/f"report-{rep.get('batches', 0)}.json")
     write_json(folder/'manifest.json', {'written by diffusion_sharpening': RESULTS})
     write_json(folder/'run.json', run)
 
