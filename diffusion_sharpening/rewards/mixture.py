@@ -80,6 +80,10 @@ class Mixture(Reward):
     def score(self, images, prompts):
         "Weighted sum of the raw scores, `(B,)`"
         return torch.stack([w*r(images, prompts) for r, w in zip(self.rewards, self.weights)]).sum(0)
+    def identity(self):
+        "The identities of the parts, their weights, and how they are combined"
+        parts, how = [r.identity() for r in self.rewards], getattr(self, 'how', 'sum')
+        return dict(name=self.name, parts=parts, weights=self.weights.tolist(), how=how)
 
 # %% ../../nbs/04_rewards/14_mixture.ipynb #eacc93f7
 def group_scores(
