@@ -83,18 +83,17 @@ def _layers(model):  # Kohya's name → diffusers' name of every layer that coul
         out.setdefault(k, k)                                              # those of training scripts
     return out
 
-# %% ../../nbs/13_commands/01_interchange.ipynb #425724da
+# %% ../../nbs/13_commands/01_interchange.ipynb #5803677b
 _forms = (r'(?P<layer>lora_\w+?)\.(?:lora_(?P<side>down|up)\.weight|(?P<alpha>alpha))',
           r'(?:unet\.)?(?P<layer>[\w.]+)\.lora\.(?P<side>down|up)\.weight',
           r'(?:unet\.)?(?P<layer>[\w.]+)\.processor\.(?P<attn>to_\w+)_lora\.(?P<side>down|up)\.weight')
 _others = dict(dora_scale='DoRA', lora_mid='LoCon', hada_w='LoHa', lokr_w='LoKr',
-               diff='whole differences of weights',
-               text_encoder='a text encoder', lora_te='a text encoder')
+               diff='whole differences of weights')
 
 def _entry(key): # Layer and what of it: down, up or alpha; None for anything else
     for form in _forms:
         m = re.fullmatch(form, key)
-        if not m or key.startswith(('lora_te', 'text_encoder')): continue
+        if not m: continue
         at = m.groupdict()
         attn = {'to_out': '.to_out.0'}.get(at.get('attn'), f".{at.get('attn')}") if at.get('attn') else ''
         return at['layer'] + attn, at['side'] or 'alpha'
