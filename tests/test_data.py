@@ -330,7 +330,8 @@ diffusers = pytest.importorskip('diffusers')
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
-from diffusion_sharpening.training.loop import settings, train
+from diffusion_sharpening.training.run import settings
+from diffusion_sharpening.training.loop import train
 
 
 class Bright(Reward):

@@ -6,25 +6,28 @@ from pathlib import Path
 import pytest
 import torch
 from diffusion_sharpening.commands.load import load_model
-from diffusion_sharpening.data.tables import prompt_set, shapes_pairs
-from diffusion_sharpening.methods.catalog import METHODS
+from diffusion_sharpening.data.sources import Pictures, Prompts
+from diffusion_sharpening.methods.catalog import PRESETS
 from diffusion_sharpening.names.catalog import load_reward
-from diffusion_sharpening.training.loop import settings, train
+from diffusion_sharpening.training.loop import train
+from diffusion_sharpening.training.run import settings
+from diffusion_sharpening.worlds.world import WORLDS
 
 FILE = Path(__file__).parent/'golden_losses.json'
-RUNS = [f'{m}-{p}' for m in ('sft', 'rlhf') for p in METHODS[m].presets if p != 'default']
-SMALL = dict(batch=2, n=2, S=4, seed=3, rank=4)
+RUNS = [f'{m}-{p}' for m in PRESETS for p in PRESETS[m] if p != 'default']
+SMALL = dict(batch=2, seed=3, rank=4)
 
 def losses(name, threads=1):
     "The logged losses of 20 updates"
     method, preset = name.split('-'); was = torch.get_num_threads(); torch.set_num_threads(threads)
-    run, cfg = settings(method, preset, **SMALL, steps=20)
-    run.steps //= getattr(cfg, 'updates', 1)
-    d, prompts, images = load_model('shapes'), prompt_set('shapes', 40), None
-    if cfg.needs_images:
-        ims, prompts = shapes_pairs(40)
-        images = d.latents(ims)
-    try: return [r['loss'] for r in train(d, method, load_reward('clip', 'shapes'), prompts, run, cfg, images).history]
+    run, made = settings(method, preset, **SMALL, steps=20, **({} if preset == 'plain' else dict(n=2, S=4)))
+    run.steps //= made.updates
+    d, world = load_model('shapes'), WORLDS['shapes']
+    if made.needs_images:
+        ims, texts = world.pairs(40)
+        source = Pictures(d, texts, d.latents(ims), run.batch, run.seed)
+    else: source = Prompts(d, world.prompts(40), run.batch, run.seed)
+    try: return [r['loss'] for r in train(d, made, load_reward('clip@shapes'), source, run).history]
     finally: torch.set_num_threads(was)
 
 @pytest.mark.parametrize('name', RUNS)

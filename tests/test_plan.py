@@ -11,7 +11,8 @@ from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
 from diffusion_sharpening.models.counting import KNOWN, anatomy, unet_cost, vae_cost
-from diffusion_sharpening.training.loop import ATTENTION, LINEAR, batch_of, settings
+from diffusion_sharpening.training.loop import ATTENTION, LINEAR, batch_of
+from diffusion_sharpening.training.run import settings
 from diffusion_sharpening.training.plan import (
     ROWS, device_here, evaluations, measured, mfu, plan, plan_rows, plan_table)
 from diffusion_sharpening.basics.seeds import START, noise

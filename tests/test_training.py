@@ -5,21 +5,21 @@ import pytest, torch
 from safetensors.torch import load_file
 
 diffusers = pytest.importorskip('diffusers')
+from diffusion_sharpening.basics.seeds import START, fold, noise, stream
 from diffusion_sharpening.commands import train as command
 from diffusion_sharpening.commands.load import load_model, quiet
-from diffusion_sharpening.models.policies import lora_file
-from diffusion_sharpening.maths.losses import log_ratio, preference
-from diffusion_sharpening.methods.catalog import method
-from diffusion_sharpening.methods.sharpening import (
-    Batch, candidates, noise_targets, path_errors, path_mean, values)
-from diffusion_sharpening.basics.settings import configure
-from diffusion_sharpening.models.denoiser import Denoiser
+from diffusion_sharpening.data.sources import Batch, Pictures, Prompts
 from diffusion_sharpening.maths.choice import argmax, pair, pick, standardise
-from diffusion_sharpening.rewards.protocol import Reward
-from diffusion_sharpening.models.tiny import tiny_sdxl
-from diffusion_sharpening.training.loop import Callback, Run, prepare, settings, train
-from diffusion_sharpening.basics.seeds import START, fold, noise
+from diffusion_sharpening.maths.losses import log_ratio, preference
 from diffusion_sharpening.maths.rollout import branch, rollout
+from diffusion_sharpening.methods.catalog import METHODS, find
+from diffusion_sharpening.methods.parts import along_path, candidate_seeds, from_noises, held_noise, path_error
+from diffusion_sharpening.models.denoiser import Denoiser
+from diffusion_sharpening.models.policies import lora_file
+from diffusion_sharpening.models.tiny import tiny_sdxl
+from diffusion_sharpening.rewards.protocol import Reward
+from diffusion_sharpening.training.loop import Callback, prepare, train
+from diffusion_sharpening.training.run import Run, settings
 
 torch.set_num_threads(1)
 quiet()
@@ -44,25 +44,36 @@ def xl(tmp_path_factory):
 def load(xl, **kwargs): return Denoiser.from_pretrained(xl, guidance=1., device='cpu', **kwargs)
 
 
-def fit(xl, name='rlhf', preset='default', **changes):
+def source_of(d, method, run):
+    "Prompts, or pictures of noise"
+    if not method.needs_images: return Prompts(d, PROMPTS, run.batch, run.seed)
+    return Pictures(d, PROMPTS, noise(torch.arange(3), START, d.item), run.batch, run.seed)
+
+
+def fit(xl, name='rlhf', preset='default', callbacks=(), **changes):
     "A short training; the model and what the loop says"
     d = load(xl)
-    run, cfg = settings(name, preset, **{**tiny, **changes})
-    images = noise(torch.arange(3), START, d.item) if cfg.needs_images else None
-    return d, train(d, name, Bright(), PROMPTS, run, cfg, images)
+    run, method = settings(name, preset, **{**tiny, **changes})
+    return d, train(d, method, Bright(), source_of(d, method, run), run, callbacks)
 
 
 def policy(d): return {k: p.detach().clone() for k, p in d.policies.named['policy'].items()}
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def lesson_of(d, name, preset, **changes):
-    "Settings and the lesson of one batch, for a policy that still equals the reference"
-    run, cfg = settings(name, preset, **{'batch': 2, 'rank': 2, **changes})
-    prepare(d, run, method(name), cfg)
-    x0 = noise(torch.arange(2), START, d.item) if cfg.needs_images else None
-    batch = Batch(PROMPTS[:2], d.encode(PROMPTS[:2]), fold(7, torch.arange(2)), x0)
-    return cfg, batch, method(name).collect(cfg, d, Bright(), batch)
+def lesson_of(d, name, preset='default', **changes):
+    "A method and the lesson of one batch, for a policy that still equals the reference"
+    run, method = settings(name, preset, **{'batch': 2, 'rank': 2, **changes})
+    prepare(d, run, method)
+    data = dict(x0=noise(torch.arange(2), START, d.item)) if method.needs_images else {}
+    batch = Batch(PROMPTS[:2], d.encode(PROMPTS[:2]), fold(7, torch.arange(2)), data)
+    with torch.no_grad(): return method, batch, method.collect(d, Bright(), batch)
+
+
+def whole_loss(method, d, lesson, u=0):
+    "The loss of an update, as the loop weighs it"
+    losses, log = method.loss(d, None, lesson, u)
+    return (losses*lesson.use).sum()/lesson.use.sum(), log
 
 
 def jolt(d, scale=.1):
@@ -98,9 +109,8 @@ def test_callbacks_see_and_do_not_disturb(xl):
     class Look(Callback):
         def start(self, s): self.seen = []
         def update(self, s): self.seen.append(s.log['step']); s.model.sample(PROMPTS[:1], S=1)
-    look, d = Look(), load(xl)
-    run, cfg = settings('rlhf', **tiny)
-    train(d, 'rlhf', Bright(), PROMPTS, run, cfg, callbacks=[look])
+    look = Look()
+    d, _ = fit(xl, callbacks=[look])
     assert look.seen == [1, 2] and same(policy(d), policy(fit(xl)[0]))
 
 
@@ -112,7 +122,7 @@ def test_candidates_together_equal_alone(xl, eta):
     cond, seeds, ts = d.encode(PROMPTS[:2]), fold(torch.arange(2), torch.arange(4)[:, None]), d.grid(4)
     def run(own):
         start, _ = branch('sample', d.schedule, d.item, None, own)
-        return rollout(d.predict, d.schedule, start, ts, cond, eta, own)
+        return rollout(d, start, ts, cond, eta, own)
     whole, parts = run(seeds), [run(seeds[i:i+1]) for i in range(4)]
     for k in ('states', 'x0s', 'means'):
         alone = torch.cat([getattr(p, k) for p in parts], 1)
@@ -120,13 +130,10 @@ def test_candidates_together_equal_alone(xl, eta):
     assert whole.nfe == sum(p.nfe for p in parts) == 4*2*4
 
 
-@pytest.mark.parametrize('kind, preset', [('sample', 'sample'), ('noise', 'paper'), ('sde', 'sde')])
-def test_more_candidates_keep_the_first(xl, kind, preset):
-    "The candidates of n = 2 are the first two of n = 4"
-    d, m = load(xl), method('rlhf')
-    batch = Batch(PROMPTS[:2], d.encode(PROMPTS[:2]), fold(7, torch.arange(2)))
-    cfgs = [configure(m.settings, m.presets, preset, n=n, S=4, m=2) for n in (2, 4)]
-    two, four = (candidates(cfg, d, batch).tr.end for cfg in cfgs)
+@pytest.mark.parametrize('name', ['best_of_n', 'branch_regression', 'contrast', 'rlhf_sharpening', 'sft_sharpening'])
+def test_more_candidates_keep_the_first(xl, name):
+    "The candidates of n = 2 are the first two of n = 4: their pictures are"
+    two, four = (lesson_of(load(xl), name, n=n, S=4)[2].pictures for n in (2, 4))
     torch.testing.assert_close(two, four[:2], atol=1e-4, rtol=1e-4)
 
 
@@ -136,9 +143,9 @@ def test_more_candidates_keep_the_first(xl, kind, preset):
 def test_loss_is_log_2_at_first(xl, preset):
     "Policy and reference are the same network, so no preference is fulfilled or broken yet"
     d = load(xl)
-    cfg, _, lesson = lesson_of(d, 'rlhf', preset, kind='dpo', S=4, m=2)
-    loss, log = method('rlhf').loss(cfg, d, lesson, 0)
-    assert lesson['use'].all() and loss.item() == pytest.approx(math.log(2), abs=1e-6) and log['margin'] == 0
+    method, _, lesson = lesson_of(d, 'rlhf', preset, loss_kind='dpo', S=4, **({} if preset == 'sample' else dict(m=2)))
+    loss, log = whole_loss(method, d, lesson)
+    assert lesson.use.all() and loss.item() == pytest.approx(math.log(2), abs=1e-6) and not log['margin'].any()
     loss.backward()
     grads = [p.grad for p in d.trainable()]
     assert all(g.isfinite().all() for g in grads) and any(g.abs().sum() > 0 for g in grads)
@@ -147,16 +154,16 @@ def test_loss_is_log_2_at_first(xl, preset):
 @pytest.mark.parametrize('kind, first', [('odpo', torch.nn.functional.softplus), ('rebel', torch.square)])
 def test_loss_at_first_is_the_gap(xl, kind, first):
     d = load(xl)
-    cfg, _, lesson = lesson_of(d, 'rlhf', 'paper', kind=kind, S=4, m=2)
-    loss, _ = method('rlhf').loss(cfg, d, lesson, 0)
+    method, _, lesson = lesson_of(d, 'rlhf', 'paper', loss_kind=kind, S=4, m=2)
+    loss, _ = whole_loss(method, d, lesson)
     torch.testing.assert_close(loss.detach(), first(lesson['gap']).mean(), atol=1e-6, rtol=1e-5)
 
 
 def test_contrast_has_not_moved_at_first(xl):
     d = load(xl)
-    cfg, _, lesson = lesson_of(d, 'rlhf', 'contrast', n=2, S=3)
-    loss, log = method('rlhf').loss(cfg, d, lesson, 0)
-    assert log['moved'] == 0 and loss.isfinite()
+    method, _, lesson = lesson_of(d, 'contrast', n=2, S=3)
+    loss, log = whole_loss(method, d, lesson)
+    assert not log['moved'].any() and loss.isfinite()
 
 
 # Choose first, then learn: the gradient of everything kept in the graph
@@ -167,38 +174,98 @@ def grads(d, loss):
     return [p.grad.clone() for p in d.trainable()]
 
 
-def all_errors(cfg, d, batch, c):
+def all_paths(method, d, batch, x0):
+    "All candidates' paths, and their values"
+    ts = method.times(d, batch.seeds)
+    with torch.no_grad():
+        paths = from_noises(d, x0, ts, candidate_seeds(batch.seeds, method.n), batch.cond)
+        return ts, paths, along_path(d, Bright(), paths.tr, batch.prompts)[0]
+
+
+def all_errors(method, d, batch, ts, paths):
     "Errors along all candidates' paths, `(n, B)`, all with a graph"
-    x, ts, n = c.tr.states[:-1], c.tr.t, cfg.n
-    eps = noise_targets(cfg.target, d.schedule, x, ts, c.x0, c.eps)
-    errs = [path_errors(d, x[:, i], ts[:, i], batch.cond, eps[:, i]) for i in range(n)]
-    return torch.stack([path_mean(e, ts[:, i]) for i, e in enumerate(errs)])
+    def error(i):
+        x, x0, eps = paths.tr.states[:-1, i], paths.x0[i], paths.eps[i]
+        if method.consistent: eps = held_noise(d.schedule, x, ts, x0)
+        return path_error(d, x, ts, batch.cond, x0, eps)
+    return torch.stack([error(i) for i in range(method.n)])
 
 
-@pytest.mark.parametrize('target', ['reused', 'consistent'])
-def test_rlhf_gradient_equals_all_in_graph(xl, target):
+@pytest.mark.parametrize('consistent', [False, True])
+def test_rlhf_gradient_equals_all_in_graph(xl, consistent):
     d = load(xl)
-    cfg, batch, lesson = lesson_of(d, 'rlhf', 'paper', target=target, n=3, S=4, m=2, beta=10.)
-    c = candidates(cfg, d, batch)
-    R = values(cfg, d, Bright(), batch, c)[0]
-    with torch.no_grad(), d.reference(): ref = all_errors(cfg, d, batch, c)
+    method, batch, lesson = lesson_of(d, 'rlhf', 'paper', consistent=consistent, n=3, S=4, m=2, beta=10.)
+    from diffusion_sharpening.methods.parts import from_prompt
+    with torch.no_grad(): x0 = from_prompt(d, 4, stream(batch.seeds, 'image'), batch.cond)
+    ts, paths, R = all_paths(method, d, batch, x0)
+    with torch.no_grad(), d.reference(): ref = all_errors(method, d, batch, ts, paths)
     jolt(d)
-    chosen = grads(d, method('rlhf').loss(cfg, d, lesson, 0)[0])
-    lr, (w, l), Z = log_ratio(all_errors(cfg, d, batch, c), ref), pair(R), standardise(R)
-    loss = preference(cfg.beta*(pick(lr, w) - pick(lr, l)), pick(Z, w) - pick(Z, l), cfg.kind).mean()
+    chosen = grads(d, whole_loss(method, d, lesson)[0])
+    lr, (w, l), Z = log_ratio(all_errors(method, d, batch, ts, paths), ref), pair(R), standardise(R)
+    loss = preference(method.beta*(pick(lr, w) - pick(lr, l)), pick(Z, w) - pick(Z, l), method.loss_kind).mean()
     for a, b in zip(chosen, grads(d, loss)): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     assert any(g.abs().max() > 1e-4 for g in chosen)
 
 
 def test_sft_gradient_equals_all_in_graph(xl):
     d = load(xl)
-    cfg, batch, lesson = lesson_of(d, 'sft', 'paper', n=3, S=4, m=2)
-    c = candidates(cfg, d, batch)
-    R = values(cfg, d, Bright(), batch, c)[0]
+    method, batch, lesson = lesson_of(d, 'sft', 'paper', n=3, S=4, m=2)
+    ts, paths, R = all_paths(method, d, batch, batch.data['x0'])
     jolt(d)
-    chosen = grads(d, method('sft').loss(cfg, d, lesson)[0])
-    for a, b in zip(chosen, grads(d, pick(all_errors(cfg, d, batch, c), argmax(R)).mean())):
+    chosen = grads(d, whole_loss(method, d, lesson)[0])
+    for a, b in zip(chosen, grads(d, pick(all_errors(method, d, batch, ts, paths), argmax(R)).mean())):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', METHODS)
+@pytest.mark.parametrize('micro', [1, 3])
+def test_parts_of_an_update_give_the_gradient_of_the_whole(xl, name, micro):
+    "However an update is cut to fit the memory"
+    d = load(xl)
+    method, _, lesson = lesson_of(d, name, **({} if name == 'standard' else dict(S=4)))
+    jolt(d)
+    whole = grads(d, whole_loss(method, d, lesson)[0])
+    for p in d.trainable(): p.grad = None
+    for part in lesson.parts(max(1, micro//method.width)):
+        ((method.loss(d, None, part, 0)[0]*part.use).sum()/lesson.use.sum()).backward()
+    for a, p in zip(whole, d.trainable()): torch.testing.assert_close(a, p.grad, atol=1e-4, rtol=1e-2)
+
+
+# Every setting does something
+
+LITTLE = dict(n=2, m=2, S=4)
+OTHER = dict(aggregate='last', loss_kind='rebel', n=3, m=1, S=5, alpha=1., eta=.5, beta=7., early=.5, late=.3, updates=1, old_rate=.9,
+             guidance=3., consistent=True, anywhere=True, through=True, own_noise=True, first_only=True)
+FIELDS = [(name, f) for name, made in METHODS.items() for f in made.__dataclass_fields__]
+
+
+def trace(d, method):
+    "What a method does in two batches: its losses and gradients"
+    data = dict(x0=noise(torch.arange(2), START, d.item)) if method.needs_images else {}
+    out = []
+    for k in range(2):
+        batch = Batch(PROMPTS[:2], d.encode(PROMPTS[:2]), fold(7+k, torch.arange(2)), data)
+        with torch.no_grad(): lesson = method.collect(d, Bright(), batch)
+        for u in range(method.updates):
+            loss, _ = whole_loss(method, d, lesson, u)
+            out += [loss.item(), *(g.abs().sum().item() for g in torch.autograd.grad(loss, d.trainable(), allow_unused=True) if g is not None)]
+            with torch.no_grad():
+                for p in d.trainable(): p += .01
+            method.after(d)
+    return out
+
+
+@pytest.mark.parametrize('name, field', FIELDS)
+def test_every_field_of_a_method_changes_something(xl, name, field):
+    base = {k: v for k, v in LITTLE.items() if k in METHODS[name].__dataclass_fields__}
+    if field == 'through': base['m'] = 3
+    def run(**changes):
+        d = load(xl)
+        run, method = settings(name, rank=2, **{**base, **changes})
+        prepare(d, run, method)
+        with torch.no_grad(): [p.add_(.02) for p in d.trainable()]
+        return trace(d, method)
+    assert run() != run(**{field: OTHER[field]})
 
 
 # What changes, and what does not
@@ -224,20 +291,19 @@ def test_base_stays_bit_identical(xl, name):
 
 def test_not_a_number_is_not_learnt(xl, monkeypatch):
     "A loss that is not finite changes no weight and is counted"
-    from diffusion_sharpening.training import loop
-    m = method('rlhf')
-    broken = type(m)(**{**m.__dict__, 'loss': lambda *a: (m.loss(*a)[0]*float('nan'), {})})
-    monkeypatch.setattr(loop, 'find_method', lambda name: broken)
+    made = find('rlhf')
+    right = made.loss
+    monkeypatch.setattr(made, 'loss', lambda *a: (right(*a)[0]*float('nan'), {}))
     d, s = fit(xl, ema=0.)
-    assert s.skipped == 2*s.cfg.updates
+    assert s.skipped == 2*s.method.updates
     assert all(p.abs().max() == 0 for k, p in policy(d).items() if 'lora_B' in k)
 
 
 def test_reward_goes_up():
     "Something is learnt: after a dozen batches the embedded model's pictures of other seeds are brighter"
     d = load_model('shapes')
-    run, cfg = settings('rlhf', steps=12, batch=4, n=4, m=1, S=5, rank=8, lr=1e-3, ema=0.)
-    train(d, 'rlhf', Bright(), PROMPTS, run, cfg)
+    run, method = settings('rlhf', steps=12, batch=4, n=4, S=5, rank=8, lr=1e-3, ema=0.)
+    train(d, method, Bright(), source_of(d, method, run), run)
     score = lambda: Bright()(d.sample(PROMPTS*4, range(100, 112), S=5), PROMPTS*4)
     with d.reference(): before = score()
     assert (score() - before).mean() > 0
@@ -279,7 +345,8 @@ def test_lora_in_plain_diffusers_gives_the_same_pictures(xl, trained):
 def test_saved_is_what_was_trained(xl, trained):
     "The job's file holds, bit for bit, the weights of the same loop called from Python"
     d, rep = load_model(xl), json.loads((trained/'report.json').read_text())
-    train(d, 'rlhf', Bright(), PROMPTS, *settings('rlhf', **tiny, **bold))
+    run, method = settings('rlhf', **tiny, **bold)
+    train(d, method, Bright(), source_of(d, method, run), run)
     assert rep['settings']['run']['rank'] == 2 and rep['skipped'] == 0
     assert same({k.removeprefix('unet.'): v for k, v in load_file(trained/lora_file).items()}, policy(d))
 

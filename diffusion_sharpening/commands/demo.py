@@ -9,7 +9,7 @@ __all__ = ['demo']
 from pathlib import Path
 from .report import table
 from .train import train
-from ..training.callbacks import unfinished
+from ..training.checkpoints import checkpoints
 
 # %% ../../nbs/13_commands/13_demo.ipynb #27d804c1
 def demo(
@@ -19,7 +19,7 @@ def demo(
 )->dict: # The report
     "Sharpen the embedded model here and now: before, after, and what it took"
     print(f'RLHF-Diffusion-Sharpening of the embedded Shapes model; reward: CLIP score; {steps} batches, seed {seed}')
-    rep = train('rlhf', out=out, steps=steps, seed=seed, resume=out if unfinished(Path(out)/'checkpoints') else None)
+    rep = train('rlhf', out=out, steps=steps, seed=seed, resume=out if checkpoints(Path(out)/'checkpoints') else None)
     if 'stopped' in rep: return rep
     print(f"{table(rep)}\n{rep['seconds']:.0f} s; see before_after.png, reward_curve.png and report.json in {out}")
     return rep

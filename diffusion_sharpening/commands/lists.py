@@ -7,15 +7,16 @@ __all__ = ['methods', 'rewards']
 
 # %% ../../nbs/13_commands/12_lists.ipynb #e6c9f54d
 from ..basics.settings import settings_table
-from ..methods.catalog import METHODS
+from ..methods.catalog import METHODS, PRESETS, presets
 from ..names.catalog import USES, usable
-from ..training.loop import Run
+from ..training.run import Run
 
 # %% ../../nbs/13_commands/12_lists.ipynb #a6dc6dd9
 def methods()->list: # One dict per method: name, about, presets, settings
-    "The methods, their presets and settings"
-    return [dict(name=m.name, about=m.settings.__doc__, presets=m.presets,
-                 settings=settings_table(m.settings) + settings_table(Run)) for m in METHODS.values()]
+    "The methods, their presets, and the settings of the default as it will run"
+    made = {k: presets(k) for k in [*PRESETS, *METHODS]}
+    return [dict(name=k, about=type(v['default']()).__doc__, presets=list(v),
+                 settings=settings_table(v['default']()) + settings_table(Run())) for k, v in made.items()]
 
 # %% ../../nbs/13_commands/12_lists.ipynb #10fa820c
 def rewards()->list: # One dict per reward: name, needs, usable, how

@@ -39,7 +39,7 @@ def evaluate(model, # `Denoiser`
     for i in range(0, len(prompts), chunk):
         own = slice(i, i+chunk)
         x = noise(seeds[own], START, model.item, model.device)
-        tr = rollout(model.predict, model.schedule, x, model.grid(S), cond[own], eta, seeds[own], keep=False)
+        tr = rollout(model, x, model.grid(S), cond[own], eta, seeds[own], keep=False)
         ends.append(model.show(tr.end, chunk)); nfe += tr.nfe
     images = torch.cat(ends).cpu()
     scores = {k: r(images, prompts) for k, r in rewards.items()}

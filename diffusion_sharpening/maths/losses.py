@@ -14,14 +14,15 @@ from ..basics.words import one_of
 
 # %% ../../nbs/02_maths/05_losses.ipynb #060b2e5c
 def denoising(
-    pred:Tensor, # Network output `(…, C, H, W)`
+    pred:Tensor, # Network output
     target:Tensor, # What it should have been, same shape
-    weight:Tensor=None # Per-image weight, leading shape; None: 1
-) -> Tensor: # `(…)`
-    "Mean squared error per image"
+    weight:Tensor=None, # Weight of each item, leading shape; None: 1
+    lead:int=1 # How many leading axes are not of an item
+) -> Tensor: # Leading shape
+    "Mean squared error of each item"
     if pred.shape != target.shape:
         raise ValueError(f'denoising: prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ')
-    err = (pred.float() - target.float()).square().mean((-3, -2, -1))
+    err = (pred.float() - target.float()).square().flatten(lead).mean(-1)
     return err if weight is None else weight*err
 
 # %% ../../nbs/02_maths/05_losses.ipynb #bfadf5ac
@@ -75,7 +76,7 @@ def refl(
 
 # %% ../../nbs/02_maths/05_losses.ipynb #38cb3396
 def contrast(
-    x0_theta:Tensor, # Clean estimate of the policy, with gradient `(…, C, H, W)`
+    x0_theta:Tensor, # Clean estimate of the policy, with gradient: the shape of `r`, then that of an item
     x0_old:Tensor, # Clean estimate of the old policy, same shape
     x0_target:Tensor, # The sampled clean image, same shape
     r:Tensor, # How good it is, in [0, 1], leading shape; ½ is neutral
@@ -86,5 +87,6 @@ def contrast(
         raise ValueError(f'contrast: expected r in [0, 1], found {r.min():.4g} to {r.max():.4g}')
     def err(b):
         d = (1 - b)*x0_old + b*x0_theta - x0_target
-        return d.square().mean((-3, -2, -1))/d.detach().abs().mean((-3, -2, -1)).clamp(min=1e-5)
+        d = d.flatten(r.ndim)
+        return d.square().mean(-1)/d.detach().abs().mean(-1).clamp(min=1e-5)
     return r*err(beta) + (1 - r)*err(-beta)

@@ -101,8 +101,8 @@ def step(
 def log_prob(
     x:Tensor, # The state that was reached `(…, C, H, W)`
     mean:Tensor, # Mean of its law, same shape
-    std:Tensor, # Standard deviation, shape of the leading axes (or broadcast)
-    reduce:str='mean' # Over C, H, W: `mean` (DDPO) or `sum` (the true log-density)
+    std:Tensor, # Standard deviation, of the leading shape
+    reduce:str='mean' # Over one item: `mean` (DDPO) or `sum` (the true log-density)
 ) -> Tensor: # `(…)`
     "Log-density of a stochastic step; deterministic steps are refused"
     one_of(reduce, ['mean', 'sum'], 'reduce')
@@ -113,4 +113,4 @@ def log_prob(
                          '(use eta > 0, and leave out a last step that ends exactly clean)')
     sd = pad_right(std, x)
     lp = -(x - mean)**2/(2*sd**2) - sd.log() - .5*math.log(2*math.pi)
-    return getattr(lp, reduce)((-3, -2, -1))
+    return getattr(lp.flatten(std.ndim), reduce)(-1)

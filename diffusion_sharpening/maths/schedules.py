@@ -13,13 +13,13 @@ from ..basics.words import one_of
 # %% ../../nbs/02_maths/01_schedules.ipynb #1af0bf8e
 def pad_right(
     a:Tensor, # Coefficient of shape `t.shape`
-    x:Tensor # The latents `(…, C, H, W)` it is going to multiply
-) -> Tensor: # `a` with three trailing axes of length 1
+    x:Tensor # The latents it is going to multiply; the axes of `a` are their leading ones
+) -> Tensor: # `a` with as many axes as `x`, the new ones of length 1
     "Shape a coefficient so that it multiplies latents"
-    if a.ndim > x.ndim - 3:
+    if a.ndim > x.ndim or any(k not in (1, n) for k, n in zip(a.shape, x.shape)):
         raise ValueError(f'coefficient of shape {tuple(a.shape)} does not fit latents {tuple(x.shape)}: '
-                         f'expected at most {x.ndim - 3} axes before (C, H, W)')
-    return a[..., None, None, None]
+                         'expected their leading axes, or 1 in the place of one')
+    return a.view(*a.shape, *[1]*(x.ndim - a.ndim))
 
 # %% ../../nbs/02_maths/01_schedules.ipynb #50e2cce0
 class VP:

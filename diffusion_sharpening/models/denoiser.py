@@ -172,6 +172,7 @@ def predict(self:Denoiser,
 ) -> tuple: # `x0`, `eps`, both float32 of the shape of `x_t`
     "Estimated clean latents and noise"
     t = torch.as_tensor(t, device=x_t.device)
+    t = t.expand(x_t.shape[:x_t.ndim - len(self.item)])
     return to_x0_eps(self.schedule, x_t.float(), self.output(x_t, t, cond), t, self.kind)
 
 # %% ../../nbs/03_models/07_denoiser.ipynb #d9defc64
@@ -389,6 +390,6 @@ def sample(self:Denoiser,
     for i in range(0, len(seeds), chunk):
         own = slice(i, i + chunk)
         start = noise(seeds[own], START, self.item, self.device)
-        tr = rollout(self.predict, self.schedule, start, self.grid(S), cond[own], eta, seeds[own], keep=False)
+        tr = rollout(self, start, self.grid(S), cond[own], eta, seeds[own], keep=False)
         ends.append(tr.end)
     return self.show(torch.cat(ends)) if show else torch.cat(ends)

@@ -16,6 +16,7 @@ from .loop import Callback
 # %% ../../nbs/12_training/05_callbacks.ipynb #5beb95c5
 class Progress(Callback):
     "A progress bar with the reward of the candidates"
+    order = 50
     def start(self, s):
         from tqdm.auto import tqdm
         self.bar = tqdm(total=s.run.steps, initial=s.k, desc='sharpening', mininterval=1)
@@ -27,6 +28,7 @@ class Progress(Callback):
 
 class Log(Callback):
     "One JSON line per batch; a resumed run goes on where its checkpoint was"
+    order = 60
     def __init__(self, path): self.path = Path(path)
     def start(self, s):
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +38,7 @@ class Log(Callback):
 
 class Validate(Callback):
     "Pictures of a few prompts every so often"
+    order = 40
     everywhere = True      # where weights are dealt out, all processes draw together
     def __init__(self, prompts, folder, every=50, S=20):
         self.prompts, self.folder, self.every, self.S = prompts, Path(folder), every, S
@@ -59,23 +62,26 @@ def save_grid(images, path, columns:int=8):
 # %% ../../nbs/12_training/05_callbacks.ipynb #0919342d
 class Timer(Callback):
     "Milliseconds per stage, as `ms/rollout`, `ms/reward`, …"
+    order = 20
     def start(self, s): stage.listen()
     def update(self, s): s.log |= {f'ms/{k}': round(v, 2) for k, v in stage.take().items()}
     def close(self): stage.on = False
 
 class Alarms(Callback):
     "Statistics of the candidates' pictures, and what a judge that is not trained on says of them"
+    order = 30
     def __init__(self, watch=None, every=1): self.watch, self.every = watch, every
     @torch.no_grad()
     def update(self, s):
-        if s.images is None or s.k % self.every: return
-        ims = s.images.flatten(0, 1).float().cpu()
+        if s.pictures is None or s.k % self.every: return
+        ims = s.pictures.flatten(0, 1).float().cpu()
         s.log |= {f'image/{k}': v for k, v in image_stats(ims).items()}
         if self.watch:
-            s.log[f'held-out/{self.watch.name}'] = self.watch(ims, s.prompts*len(s.images)).nanmean().item()
+            s.log[f'held-out/{self.watch.name}'] = self.watch(ims, s.prompts*len(s.pictures)).nanmean().item()
 
 class Tracker(Callback):
     "Any tracker of accelerate by its name: tensorboard, wandb, …"
+    order = 70
     def __init__(self, name, folder):
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
         known, there = sorted(map(str, LOGGER_TYPE_TO_CLASS)), [str(t) for t in get_available_trackers()]
@@ -85,7 +91,7 @@ class Tracker(Callback):
     def start(self, s):
         from accelerate import Accelerator
         self.acc = Accelerator(cpu=s.model.device.type == 'cpu', log_with=self.name, project_dir=self.folder)
-        self.acc.init_trackers('sharpening', {k: v for k, v in (asdict(s.run) | asdict(s.cfg)).items()})
+        self.acc.init_trackers('sharpening', {k: v for k, v in (asdict(s.run) | asdict(s.method)).items()})
     def update(self, s): self.acc.log({k: v for k, v in s.log.items() if v is not None}, step=s.k)
     def close(self):
         if hasattr(self, 'acc'): self.acc.end_training()

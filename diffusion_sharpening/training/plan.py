@@ -6,15 +6,14 @@
 __all__ = ['DEVICES', 'ROWS', 'Device', 'device_of', 'mfu', 'StandIn', 'evaluations', 'memory', 'plan_rows', 'plan', 'plan_table',
            'measured', 'device_here', 'Plan']
 
-# %% ../../nbs/12_training/06_plan.ipynb #d724cf73
+# %% ../../nbs/12_training/06_plan.ipynb #876aa7aa
 import os, torch
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from ..models.families import Cond
-from ..methods.catalog import method as find_method
-from ..methods.sharpening import guided, keeps_graph
+from ..data.sources import Pictures, Prompts
 from ..models.denoiser import Denoiser
 from ..rewards.protocol import Reward
 from ..maths.samplers import time_grid
@@ -22,7 +21,8 @@ from ..maths.schedules import VP
 from ..basics.words import one_of
 from ..models.counting import (
     Cost, Live, anatomy, picture_side, text_params, unet_cost, vae_cost)
-from .loop import Callback, Run, batch_of, settings
+from .loop import Callback
+from .run import Run, settings
 from ..basics.seeds import START, noise
 from ..worlds.world import world_of
 
@@ -89,33 +89,33 @@ class StandIn(Denoiser):
     def copy_adapter(self, src, dst): self.kept.append(dst)
     def blend_adapter(self, src, dst, rate): pass
 
-# %% ../../nbs/12_training/06_plan.ipynb #072d1b41
+# %% ../../nbs/12_training/06_plan.ipynb #72ef8e39
 class _Any(Reward):
     name, differentiable = 'any', True
     def score(self, images, prompts): return torch.rand(len(images))
 
-def evaluations(method:str, # A name in `METHODS`
-                run:Run, cfg, # Settings
+def evaluations(run:Run, method, # Settings, and the method
                 guidance:float=1., # The model's own, for settings that leave it to the model
                 batches:int=16 # Batches to average over
                )->dict: # Evaluations and decodes, means per batch; copies of weights; pictures in one call
     "What one batch of a method asks for"
-    m, d, r = find_method(method), StandIn(guidance, run.rank == 0), _Any()
-    m.setup(cfg, d)
+    d, judge, texts = StandIn(guidance, run.rank == 0), _Any(), ['a prompt']*run.batch
+    source = (Pictures(d, texts, torch.zeros(run.batch, *d.item), run.batch, run.seed) if method.needs_images
+              else Prompts(d, texts, run.batch, run.seed))
+    method.start(d)
     for k in range(batches):
-        images = torch.zeros(run.batch, *d.item) if cfg.needs_images else None
-        b = batch_of(d, ['a prompt']*run.batch, run, k, images)
-        with torch.random.fork_rng(devices=[]), torch.no_grad(): lesson = m.collect(cfg, d, r, b)
-        for u in range(getattr(cfg, 'updates', 1)): m.loss(cfg, d, lesson, u)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(): lesson = method.collect(d, judge, source.batch(k))
+        for u in range(method.updates): method.loss(d, judge, lesson, u)
     kinds = 'rollout', 'reference', 'lesson', 'decode', 'decode with gradient'
     rest = dict(copies=len(set(d.kept)) + (run.ema > 0), widest=d.asked['widest'])
     return {k: d.asked[k]/batches for k in kinds} | rest
 
-# %% ../../nbs/12_training/06_plan.ipynb #04c7ff3f
+# %% ../../nbs/12_training/06_plan.ipynb #f9ae91c8
 def memory(sizes:dict, # Parameters: unet, vae, text, learn
            units:dict, # `Cost`s: lesson, rollout, decode
            ask:dict, # From `evaluations`
-           run:Run, cfg,
+           run:Run,
+           updates:int=1, # Gradient updates on each batch
            world:int=1 # Processes that share the batch
           )->dict: # GiB, of one process
     "Estimated memory of a run"
@@ -123,13 +123,14 @@ def memory(sizes:dict, # Parameters: unet, vae, text, learn
     parts = world if run.shard else 1
     frozen = sizes['vae'] + sizes['text'] + sizes['unet']*(run.rank > 0)/parts
     copies = ask['copies'] + (run.rank == 0)
-    graph = units['lesson'].peak*ask['lesson']/getattr(cfg, 'updates', 1)/world
+    at_once = ask['lesson']/updates/world
+    graph = units['lesson'].peak*(min(at_once, run.micro) if run.micro else at_once)
     out = dict(weights=frozen*byte*gib, learning=sizes['learn']*(16 + 4*copies)*gib/parts, graph=graph,
                rollout=units['rollout'].peak*ask['widest']/world,
                decode=units['decode'].peak*min(8, max(1, ask['decode'])))
     return out | dict(total=out['weights'] + out['learning'] + max(graph, out['rollout'], out['decode']))
 
-# %% ../../nbs/12_training/06_plan.ipynb #11c40bb4
+# %% ../../nbs/12_training/06_plan.ipynb #9b23418f
 ROWS = dict(
     prompts=('', 'per batch'), candidates=('', 'per prompt'), steps=('', 'per candidate: m of S'),
     updates=('', 'with gradient, per batch'),
@@ -141,7 +142,6 @@ ROWS = dict(
     parameters=('million', 'of the U-Net'), learning=('million', 'that learn'),
     F=('TFLOP', 'one U-Net forward of one picture'), B=('F', 'one forward and backward'),
     V=('TFLOP', 'one decode'),
-    selection=('', 'select, then train; or keep the graph'),
     rollout_tflop=('TFLOP', 'candidates, per batch'), reference_tflop=('TFLOP', 'reference, per batch'),
     lesson_tflop=('TFLOP', 'learning, per batch'), decode_tflop=('TFLOP', 'decodes, per batch'),
     tflop=('TFLOP', 'per batch'), memory_weights=('GiB', 'all weights that do not learn'),
@@ -152,22 +152,15 @@ ROWS = dict(
     seconds=('s', 'per batch'), images_per_second=('1/s', 'candidates'), mfu=('', 'share of the peak'),
     hours=('h', 'all batches'))
 
-# %% ../../nbs/12_training/06_plan.ipynb #54a71c0d
+# %% ../../nbs/12_training/06_plan.ipynb #76bc0192
 def _units(model, px, run, checkpointing):
     lesson, size, learn = unet_cost(model, px, run.rank, run.layers, checkpointing, run.precision)
     rollout, *_ = unet_cost(model, px, dtype=run.precision)
     decode, vae = vae_cost(model, px, dtype=run.precision)
     return dict(lesson=lesson, rollout=rollout, decode=decode), dict(unet=size, vae=vae, text=text_params(anatomy(model)), learn=learn)
 
-def _selection(cfg, d, B): # How lessons are made, and why
-    how = 'keep' if keeps_graph(cfg, d) else 'select'
-    if not cfg.on_path: return how, "lessons are not the rollout's own states"
-    if guided(cfg, d).cost == 2 and cfg.target != 'transition': return how, 'rollouts are guided, lessons are not'
-    n, p, B = cfg.n, cfg.learned, B + cfg.reference
-    return how, f'select: n + p(B + r) = {n + p*B:.2f}, keep the graph: n(B + r) = {n*B:.2f} (F per step)'
-
 def plan_rows(what:str, # Model and method, in words
-              method:str, run:Run, cfg, # Name and settings
+              run:Run, method, # Settings, and the method
               units:dict, sizes:dict, # `Cost`s and parameters, as for `memory`
               dev:Device,
               guidance:float=1., # The model's own
@@ -176,22 +169,22 @@ def plan_rows(what:str, # Model and method, in words
               world:int=1 # Processes
              )->list: # One dict per row: name, value, unit, about
     "Batch arithmetic: what a run asks for, and what that costs"
-    ask, F, V = evaluations(method, run, cfg, guidance), units['rollout'].tflop, units['decode'].tflop
-    B, peak = units['lesson'].total/units['lesson'].tflop, dev.peak(run.precision)
+    ask, F, V = evaluations(run, method, guidance), units['rollout'].tflop, units['decode'].tflop
+    peak = dev.peak(run.precision)
     work = dict(rollout=ask['rollout']*F, reference=ask['reference']*F, lesson=ask['lesson']*units['lesson'].total,
                 decode=(ask['decode'] + 3*ask['decode with gradient'])*V)
-    total, how = sum(work.values()), _selection(cfg, StandIn(guidance, run.rank == 0), B)
+    total = sum(work.values())
     if seconds is None and peak: seconds = total/world/peak/share
-    v = _numbers(run, cfg, ask, units, sizes, work) | _times(run, cfg, total/world, seconds, peak)
-    mem = memory(sizes, units, ask, run, cfg, world)
+    v = _numbers(run, method, ask, units, sizes, work) | _times(run, method, total/world, seconds, peak)
+    mem = memory(sizes, units, ask, run, method.updates, world)
     v |= {f'memory_{k}': x for k, x in mem.items() if k != 'total'} | dict(
-        memory=mem['total'], fits=mem['total'] < dev.memory, selection=how[0], tflop=total)
+        memory=mem['total'], fits=mem['total'] < dev.memory, tflop=total)
     where = f'{run.precision} on {f"{world} × " if world > 1 else ""}{dev.name}'
-    head = [dict(name='run', value=f'{what}, guidance {cfg.guidance or guidance:g}, {where}', unit='', about='')]
-    return head + [dict(name=k, value=v[k], unit=unit, about=how[1] if k == 'selection' else about)
+    head = [dict(name='run', value=f'{what}, guidance {getattr(method, "guidance", 0) or guidance:g}, {where}', unit='', about='')]
+    return head + [dict(name=k, value=v[k], unit=unit, about=about)
                    for k, (unit, about) in ROWS.items() if v[k] is not None]
 
-# %% ../../nbs/12_training/06_plan.ipynb #2ce4310c
+# %% ../../nbs/12_training/06_plan.ipynb #1ec99fe9
 def plan(
     model:str='shapes', # sdxl, sd15, shapes, or the folder of a pipeline
     method:str='rlhf', # Method: see `sharpen methods`
@@ -208,27 +201,26 @@ def plan(
 )->list: # One dict per row: name, value, unit, about
     "What a training would cost, without training"
     changes |= {k: v for k, v in dict(n=n, m=m).items() if v is not None}
-    run, cfg = settings(method, preset, **changes)
+    run, made = settings(method, preset, **changes)
     dev, px, guidance = device_of(device), picture_side(model, px), 1. if world_of(model) else 5.
     if seconds is not None and not seconds > 0: raise ValueError(f'seconds: expected a positive time, found {seconds}')
     if world < 1 or run.batch % world: raise ValueError(f'world: expected processes that share a batch of {run.batch} evenly, found {world}')
     what = f'{method} ({preset}) of {Path(model).name}, {px} px'
-    return plan_rows(what, method, run, cfg, *_units(model, px, run, checkpointing), dev, guidance, seconds, share, world)
+    return plan_rows(what, run, made, *_units(model, px, run, checkpointing), dev, guidance, seconds, share, world)
 
-# %% ../../nbs/12_training/06_plan.ipynb #45e8eb41
-def _numbers(run, cfg, ask, u, sizes, work):
-    U, kinds = getattr(cfg, 'updates', 1), ('rollout', 'reference', 'lesson')
-    steps = f'{cfg.S if cfg.branch == "sample" else cfg.m} of {cfg.S}'
+# %% ../../nbs/12_training/06_plan.ipynb #ee92b112
+def _numbers(run, method, ask, u, sizes, work):
+    U, kinds, S = method.updates, ('rollout', 'reference', 'lesson'), getattr(method, 'S', 0)
     return {k: ask[k] for k in kinds} | {f'{k}_tflop': x for k, x in work.items()} | dict(
-        prompts=run.batch, candidates=cfg.n, steps=steps, updates=U, forwards=sum(ask[k] for k in kinds)/U,
-        decode=ask['decode'] + ask['decode with gradient'],
+        prompts=run.batch, candidates=getattr(method, 'n', 1), steps=f"{getattr(method, 'm', S)} of {S}",
+        updates=U, forwards=sum(ask[k] for k in kinds)/U, decode=ask['decode'] + ask['decode with gradient'],
         parameters=sizes['unet']/1e6, learning=sizes['learn']/1e6, F=u['lesson'].tflop,
         B=u['lesson'].total/u['lesson'].tflop, V=u['decode'].tflop)
 
-def _times(run, cfg, tflop, seconds, peak): # What is known of them
+def _times(run, method, tflop, seconds, peak): # What is known of them
     if seconds is None: return dict.fromkeys(('seconds', 'images_per_second', 'mfu', 'hours'))
-    return dict(seconds=seconds, images_per_second=cfg.n*run.batch/seconds, hours=seconds*run.steps/3600,
-                mfu=tflop/seconds/peak if peak else None)
+    return dict(seconds=seconds, images_per_second=getattr(method, 'n', 1)*run.batch/seconds,
+                hours=seconds*run.steps/3600, mfu=tflop/seconds/peak if peak else None)
 
 def plan_table(rows:list # From `plan`
               )->str:
@@ -239,7 +231,7 @@ def plan_table(rows:list # From `plan`
     def line(r): return f"{r['name'].replace('_', ' '):<18}{show(r['value']):>10} {r['unit']:<12}{r['about']}"
     return '\n'.join([rows[0]['value'], *(line(r).rstrip() for r in rows[1:])])
 
-# %% ../../nbs/12_training/06_plan.ipynb #f4861fd4
+# %% ../../nbs/12_training/06_plan.ipynb #58b10873
 def _saved(f, net): # GiB that the graph of `f` keeps, weights apart
     own, seen = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
     def pack(t): s = t.untyped_storage(); seen[s.data_ptr()] = s.nbytes(); return t
@@ -277,16 +269,17 @@ def device_here(model)->Device: # Peaks are 0 for a GPU that is not in `DEVICES`
 
 class Plan(Callback):
     "The batch arithmetic, printed as a training begins; then candidates per second and utilisation in the log"
-    def __init__(self, method, what): self.method, self.what = method, what  # its name; model and method in words
+    order = 10
+    def __init__(self, what): self.what = what # Model and method in words
     def start(self, s):
         d, self.at = s.model, s.seconds; dev = device_here(d)
         known = _units(d.pipe.config._name_or_path, d.size[1], s.run, False) if d.sharded else measured(d)
-        self.rows = plan_rows(f'{self.what}, {d.size[1]} px', self.method, s.run, s.cfg, *known, dev, d.guidance,
+        self.rows = plan_rows(f'{self.what}, {d.size[1]} px', s.run, s.method, *known, dev, d.guidance,
                               s.seconds/s.k if s.k else None, world=s.world)
         total = next(r['value'] for r in self.rows if r['name'] == 'tflop')
         self.tflop, self.peak = total/s.world, dev.peak(s.run.precision)
         print(plan_table(self.rows))
     def update(self, s):
         dt, self.at = s.seconds - self.at, s.seconds
-        s.log['images/s'] = round(s.cfg.n*s.run.batch/dt, 3)
+        s.log['images/s'] = round(getattr(s.method, 'n', 1)*s.run.batch/dt, 3)
         if self.peak: s.log['mfu'] = round(self.tflop/dt/self.peak, 4)

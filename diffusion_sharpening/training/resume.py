@@ -23,11 +23,12 @@ def identity(s, # `State` of the loop
             )->dict:
     "What must be the same for a checkpoint to be continued"
     run = {f'run.{k}': v for k, v in asdict(s.run).items() if k not in FREE}
-    return {**about, **run, **{f'method.{k}': v for k, v in asdict(s.cfg).items()}}
+    mine = {f'method.{k}': v for k, v in asdict(s.method).items()}
+    return {**about, 'method': type(s.method).__name__, **run, **mine}
 
 # %% ../../nbs/12_training/09_resume.ipynb #9e15a648
 def _defaults(s): # Settings that came after a checkpoint was written count as what they are by default
-    parts = (('run', s.run), ('method', s.cfg))
+    parts = (('run', s.run), ('method', s.method))
     return {f'{part}.{f.name}': f.default for part, o in parts for f in fields(o) if f.name not in FREE}
 
 def _same_run(s, record, about):
@@ -50,7 +51,8 @@ def snapshot(s, # `State` of the loop
     chance, rest = random_state()
     counts = {k: getattr(s, k) for k in ('k', 'skipped', 'bad', 'nfe', 'seconds')}
     record = dict(identity=identity(s, about), steps=s.run.steps, counts=counts, history=s.history, random=rest)
-    return dict(weights=weights, optimizer=moments, random=chance), record
+    kept = s.method.state()
+    return dict(weights=weights, optimizer=moments, random=chance) | (dict(method=kept) if kept else {}), record
 
 # %% ../../nbs/12_training/09_resume.ipynb #589cad53
 def _fits(named, weights): # `CheckpointError` unless these are the weights of the same layers
@@ -78,6 +80,7 @@ def restore(s, # `State` of the loop
         for k, p in ps.items(): p.copy_(dealt(tensors['weights'][f'{n}/{k}'], p))
     for k, p in named['policy'].items():
         if f'{k}/exp_avg' in tensors['optimizer']: s.opt.state[p] = _moments(tensors['optimizer'], k, p)
+    if 'method' in tensors: s.method.restore(tensors['method'])
     for k, v in record['counts'].items(): setattr(s, k, v)
     s.history = record['history']
     set_random_state(tensors['random'], record['random'])

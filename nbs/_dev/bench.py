@@ -79,7 +79,7 @@ def bench_rollout(folder, batch, steps, repeat):
     d = load(folder)
     c, seeds = d.encode((prompts*batch)[:batch]), torch.arange(batch)
     x, ts, pipe = noise(seeds, START, d.item, d.device), d.grid(steps), stock(folder, d, batch, steps)
-    ours = lambda eta=0., keep=False: rollout(d.predict, d.schedule, x, ts, c, eta, seeds, keep)
+    ours = lambda eta=0., keep=False: rollout(d, x, ts, c, eta, seeds, keep)
     apart = (ours().end - pipe(x)).abs().max().item()
     fs = {'bare network calls': bare(d, x, ts.to(d.device), d.family.inputs(c)), 'rollout, eta 0': ours,
           'rollout, eta 1, all states kept': lambda: ours(1., True), 'diffusers pipeline': lambda: pipe(x)}
@@ -103,7 +103,8 @@ def print_rollout(r):
 def learner(folder, method, n, m):
     "A model with a LoRA that learns, its method and the paper's settings"
     from diffusion_sharpening.methods.catalog import method as find
-    from diffusion_sharpening.training.loop import prepare, settings
+    from diffusion_sharpening.training.loop import prepare
+    from diffusion_sharpening.training.run import settings
     d, how = load(folder), find(method)
     run, cfg = settings(method, 'paper', n=n, m=m, S=max(20, m))
     prepare(d, run, how, cfg)
@@ -112,7 +113,7 @@ def learner(folder, method, n, m):
 def one_batch(d, B):
     "Prompts and latents of one update"
     import torch
-    from diffusion_sharpening.methods.sharpening import Batch
+    from diffusion_sharpening.data.sources import Batch
     from diffusion_sharpening.basics.seeds import START, fold, noise
     texts, i = (prompts*B)[:B], torch.arange(B)
     return Batch(texts, d.encode(texts), fold(0, i), noise(i, START, d.item, d.device))

@@ -16,7 +16,8 @@ from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.training.resume import Checkpoint
 from diffusion_sharpening.training.callbacks import Log
 from diffusion_sharpening.training.checkpoints import checkpoints, load_checkpoint
-from diffusion_sharpening.training.loop import settings, train
+from diffusion_sharpening.training.run import settings
+from diffusion_sharpening.training.loop import train
 
 root = Path(__file__).resolve().parents[2]
 TEXTS = ['a cat', 'a dog', 'a tree', 'a house']

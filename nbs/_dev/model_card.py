@@ -29,7 +29,7 @@ def best_of(model, texts, judge, k, S):
 def per_step(model, B=32, S=10):
     "Milliseconds per image and step of a rollout"
     cond = model.encode(['a red circle']*B); x = noise(torch.arange(B), START, model.item)
-    go = lambda: rollout(model.predict, model.schedule, x, model.grid(S), cond, keep=False)
+    go = lambda: rollout(model, x, model.grid(S), cond, keep=False)
     go(); ts = []
     for _ in range(5): t = time.perf_counter(); go(); ts.append(time.perf_counter()-t)
     return 1e3*sorted(ts)[2]/B/S

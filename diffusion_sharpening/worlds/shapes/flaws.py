@@ -61,7 +61,7 @@ def remade(model:Denoiser, # Its autoencoder made the latents
         j = max(0, int(torch.randint(-3, S//2+1, (1,), generator=g)))
         eps = noise(own, START, model.item, model.device)
         x = eps if j == 0 else add_noise(model.schedule, z, eps, grid[j].expand(len(z)))
-        end = rollout(model.predict, model.schedule, x, grid[j:], model.encode(texts[b:b+batch]), keep=False).end
+        end = rollout(model, x, grid[j:], model.encode(texts[b:b+batch]), keep=False).end
         ims.append((model.show(end, batch)*255).round().to(torch.uint8).contiguous()); starts.append(torch.full((len(z),), j))
     return torch.cat(ims), torch.cat(starts)
 
