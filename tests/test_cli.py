@@ -208,12 +208,12 @@ def interval(o): return o['low'] <= o['mean'] <= o['high']
 def check_report(rep):
     assert keys <= set(rep)
     for side in ('before', 'after', 'delta'):
-        assert interval(rep[side]['reward']) and rep[side]['image_stats']
-        exam = rep[side]['checker']
-        assert len(exam) == 7 and 'overall' in exam and all(map(interval, exam.values()))
-    for part in ('reward', 'checker'):
-        b, a, d = (rep[s][part] for s in ('before', 'after', 'delta'))
-        if part == 'checker': b, a, d = (o['overall'] for o in (b, a, d))
+        judges = rep[side]['judges']
+        assert {rep['judge'], 'checker', 'checker (strict)'} <= set(judges) and rep[side]['image_stats']
+        for groups in judges.values(): assert len(groups) == 7 and all(map(interval, groups.values()))
+    assert rep['before']['sampler'] == rep['after']['sampler']
+    for judge in judges:
+        b, a, d = (rep[s]['judges'][judge]['overall'] for s in ('before', 'after', 'delta'))
         assert d['mean'] == pytest.approx(a['mean'] - b['mean'], abs=1e-6)
     assert rep['nfe_per_image']['before'] == rep['nfe_per_image']['after'] > 0
     assert rep['versions']['torch'] == torch.__version__.split('+')[0] and rep['seconds'] > 0
@@ -267,7 +267,9 @@ def test_sample_and_evaluate_with_lora(trained, xl, tmp_path, capsys):
     assert cli.run(['evaluate', *model, '--reward', 'checker', '--n', '12', '--S', '2', '--json']) == 0
     rep, after = strict(capsys.readouterr().out), json.loads((trained[0]/'report.json').read_text())['after']
     assert rep['heldout_prompts'] == 12
-    assert rep['checker']['overall'] == pytest.approx(after['checker']['overall'], abs=1e-3)
+    found, was = (r['judges']['checker']['overall'] for r in (rep, after))
+    assert found.pop('over') == was.pop('over') == '12 prompts' and found == pytest.approx(was, abs=1e-3)
+    assert rep['sampler'] == after['sampler']
 
 
 def test_few_prompts_are_strict_json(xl, capsys):
@@ -285,7 +287,8 @@ def test_reward_spec_need_not_be_its_name(xl, tmp_path, monkeypatch, name):
     flawed(monkeypatch, 'nan', 99)
     rep = command.train('rlhf', xl, name, str(tmp_path/'plain'), str(tmp_path/'out'), heldout=2, S_eval=1,
                      steps=1, n=2, m=1, S=2, batch=2, rank=2)
-    assert 'checker' not in rep['after'] and interval(rep['delta']['reward'])
+    assert [*rep['after']['judges']] == [rep['judge']]
+    assert interval(rep['delta']['judges'][rep['judge']]['overall'])
     assert (tmp_path/'out/before_after.png').exists() and '2 held-out prompts' in table(rep)
 
 

@@ -192,22 +192,22 @@ def test_export_of_what_is_no_lora(run, tmp_path):
 
 
 def test_card_tells_what_was_measured(run):
-    iv = lambda x: dict(mean=x, low=x-.01, high=x+.01)
-    side = lambda x: dict(reward=iv(x), checker=dict(overall=iv(2*x)))
+    iv = lambda x: dict(mean=x, low=x-.01, high=x+.01, over='9 prompts')
+    side = lambda x: dict(judges=dict(clip=dict(overall=iv(x)), checker=dict(overall=iv(2*x))))
     rep = json.loads((run/'report.json').read_text())
     card = model_card(rep | dict(model='owner/base', before=side(.2), after=side(.3), delta=side(.1), heldout_prompts=9), 'me/x')
-    assert '| checker, overall | 0.400 | 0.600 | +0.200 [+0.190, +0.210] |' in card and '9 held-out prompts' in card
+    assert '| checker, overall | 0.400 | 0.600 | +0.200 [+0.190, +0.210] over 9 prompts |' in card and '9 held-out prompts' in card
     front = card.split('---')[1]
     assert 'base_model: owner/base' in front and '- lora' in front
     assert 'base_model' not in model_card(rep) and '- lora' not in model_card(rep, full=True)
 
 
-def test_card_of_a_recorded_demo():
-    "A report as `sharpen train` writes it"
-    root = Path(model_path('shapes')).parent
-    for file in sorted((root/'results').glob('demo-seed*.json')):
-        card = model_card(json.loads(file.read_text()), 'me/demo')
-        assert '| checker, overall |' in card and '"seed"' in card
+def test_card_without_intervals(run):
+    "One held-out prompt has a mean and no interval"
+    one = dict(judges=dict(clip=dict(overall=dict(mean=.5, low=None, high=None, over='1 prompt'))))
+    rep = json.loads((run/'report.json').read_text())
+    card = model_card(rep | dict(before=one, after=one, delta=one, heldout_prompts=1), 'me/x')
+    assert '| clip, overall | 0.500 | 0.500 | +0.500 over 1 prompt |' in card
 
 
 def test_dry_run(run, folders):

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['host_kind', 'redact', 'escaped', 'hub_name', 'model_card']
 
-# %% ../../nbs/13_commands/00_card.ipynb #5b8b1e14
+# %% ../../nbs/13_commands/00_card.ipynb #890fc684
 import html, ipaddress, json, re
 from pathlib import Path
 from urllib.parse import urlsplit
 from ..basics.files import finite
-from ..basics.stats import shown
+from ..evaluation.tables import changes
 
 # %% ../../nbs/13_commands/00_card.ipynb #d5d4a29f
 def host_kind(host:str # Name or number of a host
@@ -82,18 +82,10 @@ def _front(rep, full): # The block of YAML that the Hub reads
     tags = ['text-to-image', 'diffusers', 'diffusion-sharpening'] + ['lora']*(not full)
     return ['---', *known, 'tags:', *(f'- {t}' for t in tags), '---', '']
 
-# %% ../../nbs/13_commands/00_card.ipynb #b670d74d
-def _rows(side): # Name → interval, of the trained reward and of every exam
-    exams = {f'{name}, {k}': v for name, part in side.items() if name not in ('reward', 'image_stats')
-             for k, v in part.items() if isinstance(v, dict) and 'mean' in v}
-    return {'reward': side['reward'], **exams}
-
-def _results(rep):
+# %% ../../nbs/13_commands/00_card.ipynb #7a974503
+def _results(rep): # The table of the trained reward and of the exams
     if not rep.get('delta'): return ['Nothing was measured on held-out prompts.']
-    sides = [_rows(rep[k]) for k in ('before', 'after', 'delta')]
-    name = lambda k: f"reward ({escaped(redact(rep['reward']))})" if k == 'reward' else escaped(k)
-    row = lambda b, a, d: f"{shown(b, over='')} | {shown(a, over='')} | {shown(d, '+', over='')}"
-    rows = [f"| {name(k)} | {row(*(s[k] for s in sides))} |" for k in sides[0] if all(k in s for s in sides)]
+    rows = [f"| {escaped(redact(name))} | {' | '.join(row)} |" for name, *row in changes(rep)]
     about = rep.get('measured_on') or f"{rep['heldout_prompts']} held-out prompts"
     return [f'{escaped(about)}, the same seeds before and after, with 95 % intervals. '
             'The reward was trained on.', '',

@@ -84,9 +84,8 @@ def lines(name, res)->str:
     if name == 'rewards': return '\n'.join(f"{r['name']:10}{r['how'] or 'usable'}; {r['needs']}" for r in res)
     if name == 'plan': from diffusion_sharpening.training.plan import plan_table; return plan_table(res)
     if name == 'score': return '\n'.join(f'{k:22} {v}' for k, v in res.items())
-    rows = {'reward': res['reward'], **{f'checker, {k}': v for k, v in res.get('checker', {}).items()}}
-    from diffusion_sharpening.basics.stats import shown
-    return '\n'.join(f"{k:22} {shown(v)}" for k, v in rows.items())
+    from diffusion_sharpening.evaluation.tables import measured_table
+    return measured_table(res)
 
 # %% ../../nbs/13_commands/14_cli.ipynb #cf59a767
 def run(argv:list # Arguments without the program's name

@@ -31,4 +31,4 @@ def evaluate(
     d = load_model(model, guidance, lora)
     e = measure(d, texts, judges(r, texts), S, seed=seed)
     return dict(model=model, lora=lora, judge=reward, heldout_prompts=len(texts), S=S, guidance=d.guidance,
-                nfe_per_image=e.nfe, **report(e, r.name))
+                nfe_per_image=e.nfe, **report(e))

@@ -263,7 +263,7 @@ def decode_problem(
         f'decode: all {len(x)} pictures are blank; has the model collapsed, '
         'or are its latents scaled for another autoencoder?')
 
-# %% ../../nbs/13_commands/01_interchange.ipynb #6ffd9808
+# %% ../../nbs/13_commands/01_interchange.ipynb #74101f50
 @torch.no_grad()
 def check_decode(
     model, # `Denoiser`
@@ -273,6 +273,6 @@ def check_decode(
     if latents is None: latents = noise(torch.arange(2), START, model.item, model.device)
     if not latents.isfinite().all():
         raise ValueError('decode: the latents themselves are not finite; the network or the sampler failed')
-    for fast, vae in ((False, model.pipe.vae), (True, model.score_vae)):
+    for fast, vae in ((False, model.autoencoder), (True, model.score_vae)):
         why = None if vae is None else decode_problem(model.show(latents, fast=fast), vae.dtype)
         if why: raise ValueError(why)

@@ -9,6 +9,7 @@ __all__ = ['watched', 'suspicions', 'compared', 'table']
 from ..basics.stats import shown
 from ..evaluation.alarms import alarms
 from ..evaluation.measure import delta, report
+from ..evaluation.tables import change_table
 
 # %% ../../nbs/13_commands/07_report.ipynb #7716ff20
 def watched(history:list # Rows of the log
@@ -25,33 +26,24 @@ def suspicions(before, # `Evaluation` before training
               )->list: # A line each; empty: nothing rang
     "What to look at before believing a report"
     lines = alarms(after.images, before.images) if len(after.prompts) > 1 else []
-    change = delta(before, after, reward)
-    exam = change.get('checker', {}).get('overall', {})
-    if reward != 'checker' and (change['reward']['low'] or 0) > 0 > (exam.get('high') or 0):
-        lines.append(f"the reward rose by {shown(change['reward'])} while the checker fell by {shown(exam)}")
-    return lines
+    change = {k: v['overall'] for k, v in delta(before, after)['judges'].items()}
+    own = change.pop(reward)
+    fell = {k: i for k, i in change.items() if (own['low'] or 0) > 0 > (i['high'] or 0)}
+    return lines + [f'the reward rose by {shown(own)} while {k} fell by {shown(i)}' for k, i in fell.items()]
 
 # %% ../../nbs/13_commands/07_report.ipynb #c5bdce51
 def compared(before, # `Evaluation` before training
-             after, # The same prompts and seeds, after it
-             reward:str # Name of the trained reward
+             after # The same prompts, seed and sampler, after it
             )->dict: # before, after, delta, nfe_per_image
     "The part of a report that says what changed"
-    return dict(before=report(before, reward), after=report(after, reward), delta=delta(before, after, reward),
+    return dict(before=report(before), after=report(after), delta=delta(before, after),
                 nfe_per_image=dict(before=before.nfe, after=after.nfe))
 
 # %% ../../nbs/13_commands/07_report.ipynb #9a6cf459
 def table(rep:dict # From `train`
          )->str:
     "Before and after on held-out prompts, as text"
-    rows = [('', 'before', 'after', 'change [95 % interval]')]
-    pick = lambda side, k: rep[side]['reward'] if k == 'reward' else rep[side]['checker'][k]
-    for k in [*rep['before'].get('checker', {}), 'reward']:
-        b, a, d = (pick(s, k) for s in ('before', 'after', 'delta'))
-        label = 'reward' if k == 'reward' else f'checker, {k}'
-        rows.append((label, f"{b['mean']:.3f}", f"{a['mean']:.3f}", shown(d, '+')))
-    lines = [f'{r[0]:<22}{r[1]:>8}{r[2]:>8}   {r[3]}' for r in rows]
     cost = rep['nfe_per_image']
-    return '\n'.join([f"{rep['heldout_prompts']} held-out prompts; UNet evaluations per image: "
-                      f"{cost['before']:.0f} before, {cost['after']:.0f} after", *lines,
+    return '\n'.join([f"{rep['heldout_prompts']} held-out prompts; network evaluations per image: "
+                      f"{cost['before']:.0f} before, {cost['after']:.0f} after", change_table(rep),
                       *(f'alarm: {l}' for l in rep['alarms']['rang'])])

@@ -18,7 +18,8 @@ from .report import compared, suspicions, watched
 from ..data.latents import Latents, latents_dir
 from ..data.pictures import image_pairs
 from ..data.tables import prompt_set, shapes_pairs
-from ..evaluation.measure import before_after, curve, evaluate
+from ..evaluation.figures import before_after, curve
+from ..evaluation.measure import all_scores, evaluate
 from ..names.catalog import load_reward
 from ..data.sources import Pictures, Prompts, StoredPictures
 from ..basics.files import write_json
@@ -43,6 +44,7 @@ def picture_source(model, # `Denoiser`
         return texts, model.latents(ims, chunk=32)
     step = model.pipe.vae_scale_factor*2**(len(model.policies.net.config.block_out_channels)-1)
     ps = image_pairs(source, model.size[0] if buckets else model.size, buckets, step)
+    ps.check()
     return ps.captions, Latents(ps, model, latents_dir())
 
 # %% ../../nbs/13_commands/08_train.ipynb #8e53646d
@@ -90,7 +92,7 @@ def save_weights(out:Path, # Folder of the run
     else: model.save_pipeline(out/'model')
     return sums(out, lora_file if lora else 'model')
 
-# %% ../../nbs/13_commands/08_train.ipynb #a51552ae
+# %% ../../nbs/13_commands/08_train.ipynb #3645e6e6
 def _drawn(f, *args): # A picture, or a warning
     try: f(*args)
     except Exception as e: print(f'warning: no {Path(args[1]).name} ({type(e).__name__}: {e})')
@@ -102,6 +104,7 @@ def write_results(out:Path, # Folder of the run
                   after=None # And after it
                  )->None:
     "Write the report, then its pictures"
+    if before: write_json(out/'scores.json', all_scores(before, after))
     write_json(out/'report.json', rep)
     rows = [r for r in history if 'reward' in r]
     if rows: _drawn(curve, rows, out/'reward_curve.png')
@@ -115,7 +118,8 @@ def fine_tune(out:Path, # Folder of the run
              )->dict: # The report
     "One run from its settings to its report"
     method, model, reward, prompts = (asked[k] for k in ('method', 'model', 'reward', 'prompts'))
-    images, preset, heldout, S_eval, changes = (asked[k] for k in ('images', 'preset', 'heldout', 'S_eval', 'changes'))
+    images, preset, heldout, S_eval, changes = (asked[k] for k in ('images', 'preset', 'heldout', 'S_eval',
+                                                                   'changes'))
     if S_eval < 1: raise ValueError(f'S_eval: expected at least one sampler step, found {S_eval}')
     run, made = settings(method, preset, **changes)
     if made.needs_images and not images and not world_of(model):
@@ -132,17 +136,19 @@ def fine_tune(out:Path, # Folder of the run
     plan = Plan(f'{method} ({preset}) of {Path(model).name}')
     digest = prompts_digest(source.prompts)
     around = provenance() | dict(model=model_content(model), reward=judge.identity(), prompts=digest)
-    beside = callbacks(out, asked, around, exam.get('checker'), again, plan)
+    other = next((r for k, r in exam.items() if k != judge.name), None)
+    beside = callbacks(out, asked, around, other, again, plan)
     s = fit(d, made, judge, source, run, beside)
     if s.stop: return stopped(out, method, s)
     saved = save_weights(out, d, run.rank > 0) if s.rank == 0 else None
     after = evaluate(d, held, exam, S_eval) if held else None
-    rep = dict(method=method, preset=preset, model=model, reward=reward, seed=run.seed, steps=run.steps,
+    rep = dict(method=method, preset=preset, model=model, reward=reward, judge=judge.name,
+               seed=run.seed, steps=run.steps,
                seconds=round(time.time()-t0, 1), seconds_training=round(s.seconds, 1),
                settings=dict(run=asdict(run), method=asdict(made)), guidance=d.guidance,
                prompts_sha256=digest, batches=s.k, nfe_training=s.nfe, skipped=s.skipped,
                heldout_prompts=len(held))
-    if held: rep |= compared(before, after, judge.name)
+    if held: rep |= compared(before, after)
     rang = suspicions(before, after, judge.name) if held else []
     rep['alarms'] = dict(watched=watched(s.history), rang=rang)
     rep['judges'] = {r.name: r.report() for r in getattr(judge, 'rewards', [judge]) if hasattr(r, 'report')}

@@ -50,11 +50,11 @@ def locked(folder # For results; made if needed
         for p in made:
             if p.is_dir() and not any(p.iterdir()): p.rmdir()
 
-# %% ../../nbs/12_training/08_folder.ipynb #2d2689f9
+# %% ../../nbs/12_training/08_folder.ipynb #ac6cd35c
 # What a run writes, by name
 RESULTS = ('run.json', 'metrics.jsonl', 'checkpoints', 'trackers', lora_file, 'lora_kohya.safetensors',
            'model',
-           'report.json', 'reward_curve.png', 'before_after.png')
+           'scores.json', 'report.json', 'reward_curve.png', 'before_after.png')
 
 # %% ../../nbs/12_training/08_folder.ipynb #d2ef4bbb
 def read_run(folder # Of a run

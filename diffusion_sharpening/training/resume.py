@@ -43,7 +43,7 @@ def snapshot(s, # `State` of the loop
              about:dict # As for `identity`
             )->tuple: # Tensors by file, and the record
     "All that a run is"
-    named = s.model.policies.named
+    named = s.model.named
     mine = lambda t: collected(t, s.rank == 0)
     weights = {f'{n}/{k}': mine(p) for n, ps in named.items() if n != 'base' for k, p in ps.items()}
     moments = {f'{k}/{m}': mine(s.opt.state[p][m]) for k, p in named['policy'].items() if p in s.opt.state
@@ -77,7 +77,7 @@ def restore(s, # `State` of the loop
             about:dict # As for `identity`
            ): # `CheckpointError`, and nothing changed, if it belongs to another run
     "Put a run back where it was"
-    named = {n: ps for n, ps in s.model.policies.named.items() if n != 'base'}
+    named = {n: ps for n, ps in s.model.named.items() if n != 'base'}
     try: _same_run(s, record, about); _fits(named, tensors['weights'])
     except KeyError as e:
         raise CheckpointError(f'resume: the checkpoint has no {e}: made by another version?') from None

@@ -25,8 +25,8 @@ def record(folder, steps):
                 pictures_per_batch=made['n']*run['batch'], seconds_per_batch=spread([sum(v for k, v in r.items() if k.startswith('ms/'))/1000 for r in rows]),
                 seconds_reward_per_batch=spread([r['ms/reward']/1000 for r in rows]), seconds=rep['seconds'], grader=judge,
                 spent_as_if=dict(of_a_million_tokens=PRICES, spent=round(judge['spent'], 6)),
-                reward=dict(before=rep['before']['reward'], after=rep['after']['reward'], change=rep['delta']['reward']),
-                checker_change=rep['delta']['checker']['overall'], alarms=rep['alarms']['rang'])
+                reward={k: rep[k]['judges'][rep['judge']]['overall'] for k in ('before', 'after', 'delta')},
+                checker_change=rep['delta']['judges']['checker']['overall'], alarms=rep['alarms']['rang'])
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
