@@ -179,29 +179,29 @@ def train(
     tracker:str=None, # Tracker of accelerate: tensorboard, wandb, …
     images:str=None,
           # Pairs for methods that learn from pictures: folder, file or hf:owner/name; None: of Shapes
+    resume:str=None, # Go on with the run in this folder; options left at their defaults are the run's own
     **changes # Settings of the method or the run
 )->dict: # The report, as written to `out/report.json`; a run that was asked to stop only says where it is
     "Fine-tune a model and report what changed"
-    asked = record(method=method, model=model, reward=reward, prompts=prompts, images=images, preset=preset,
-                   heldout=heldout, S_eval=S_eval, tracker=tracker, changes=changes)
-    with taken(output_folder(out)) as folder:
-        return fine_tune(folder, asked | dict(run=uuid.uuid4().hex[:12]))
+    given = dict(model=model, reward=reward, prompts=prompts, out=out, preset=preset, heldout=heldout,
+                 S_eval=S_eval, tracker=tracker, images=images)
+    if resume: return _continue(method, resume, _typed(given) | changes)
+    asked = record(method=method, changes=changes, run=uuid.uuid4().hex[:12], **given)
+    with taken(output_folder(asked.pop('out'))) as folder: return fine_tune(folder, asked)
 
-# %% ../../nbs/13_commands/08_train.ipynb #0d41d9cd
+# %% ../../nbs/13_commands/08_train.ipynb #4ddfbcab
+OPTIONS = {k: o.default for k, o in inspect.signature(train).parameters.items() if o.kind != o.VAR_KEYWORD}
+
+def _typed(given): return {k: v for k, v in given.items() if v != OPTIONS[k]}
+
 def all_settings(asked:dict # Record of a run
                 )->dict: # Name → value, of run and method
     "The settings that a record amounts to"
     run, method = settings(asked['method'], asked['preset'], **asked['changes'])
     return asdict(run) | asdict(method)
 
-# %% ../../nbs/13_commands/08_train.ipynb #bf625eef
-OPTIONS = [k for k, o in inspect.signature(train).parameters.items() if o.kind != o.VAR_KEYWORD]
-
-def resume(method:str, # Of the run, as it was started
-           folder, # Of the run
-           **typed # Options that were given beside it, as for `train`
-          )->dict: # The report
-    "Go on with a run, or say why not; what is refused changes nothing"
+# %% ../../nbs/13_commands/08_train.ipynb #ede3b9ec
+def _continue(method, folder, typed): # The report of a run that goes on, or has been finished
     out = typed.pop('out', folder)
     if Path(out).resolve() != Path(folder).resolve():
         raise ValueError(f'resume: the run in {folder} goes on in its folder; found --out {out}')
@@ -211,7 +211,14 @@ def resume(method:str, # Of the run, as it was started
         was = read_run(at)
         if not was: raise ValueError(f'resume: expected a run with run.json in {folder}, found none')
         asked, rep = going_on(was, options, all_settings), read_report(at)
-        if rep and asked['changes'] == was['changes']:
-            print(f'{folder}: this run is finished; --steps makes it longer')
-            return rep
-        return fine_tune(at, asked, again=True)
+        if not rep or asked['changes'] != was['changes']: return fine_tune(at, asked, again=True)
+        print(f'{folder}: this run is finished; --steps makes it longer')
+        return rep
+
+# %% ../../nbs/13_commands/08_train.ipynb #2835c283
+def resume(method:str, # Of the run, as it was started
+           folder, # Of the run
+           **typed # Options that were given beside it, as for `train`
+          )->dict: # The report
+    "Go on with a run, or say why not; what is refused changes nothing"
+    return _continue(method, folder, typed)
