@@ -6,7 +6,7 @@ import pytest, torch
 from safetensors.torch import load_file
 
 pytest.importorskip('diffusers')
-from diffusion_sharpening.models.policies import lora_file
+from diffusion_sharpening.models.lora import lora_file
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.training.checkpoints import checkpoints, load_checkpoint
 

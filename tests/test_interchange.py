@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 diffusers = pytest.importorskip('diffusers')
 import transformers
-from diffusion_sharpening.models.policies import lora_file, read_lora
+from diffusion_sharpening.models.lora import lora_file, read_lora
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
 from diffusion_sharpening.commands import interchange

@@ -5,7 +5,7 @@ import pytest, torch
 from safetensors.torch import load_file, save_file
 
 diffusers = pytest.importorskip('diffusers')
-from diffusion_sharpening.models.policies import lora_file
+from diffusion_sharpening.models.lora import lora_file
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.tiny import make_tokenizer, tiny_sd, tiny_sdxl, tiny_vae
 from diffusion_sharpening.basics.seeds import START, noise
@@ -345,7 +345,7 @@ def _break(kind, file, out):
 @pytest.mark.parametrize('kind, message', dict(
     truncated='not a complete safetensors file', empty='not a complete safetensors file', text='not a complete',
     foreign='diffusers format', lonely='no partner', layer='does not exist', shape='made for another model',
-    rank='one rank for all layers', nan='not finite').items())
+    rank='has rank 1 on one side, 2 on the other', nan='not finite').items())
 def test_bad_lora_files(models, tmp_path, kind, message):
     file = jolt(load(models).add_lora(rank=2)).save_lora(tmp_path)
     _break(kind, file, tmp_path/'bad.safetensors')

@@ -117,7 +117,7 @@ def flaws(model:Denoiser, # Whose flaws; its autoencoder made the latents
     near, words = near_pictures(texts)
     def make():
         made, start = remade(model, latents, texts)
-        return dict(near=near, near_seen=reconstruct(model.pipe.vae, near), made=made, start=start)
+        return dict(near=near, near_seen=reconstruct(model.autoencoder, near), made=made, start=start)
     d = kept(Path(work)/'flaws.safetensors', make)
     return Flaws(ims, seen, texts, d['near'], d['near_seen'], words, d['made'], d['start'])
 
