@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest, torch
 
-from diffusion_sharpening.commands import cli, report, train as command
+from diffusion_sharpening.commands import cli, train as command
+from diffusion_sharpening.evaluation.measure import report
 from diffusion_sharpening.commands.load import load_model
 from diffusion_sharpening.commands.report import table
 from diffusion_sharpening.rewards.protocol import Reward

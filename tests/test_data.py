@@ -7,7 +7,8 @@ from PIL import Image
 from diffusion_sharpening.data.tables import prompt_set, rows
 from diffusion_sharpening.data.latents import Latents, conditioning, dropped, load_entry
 from diffusion_sharpening.data.pictures import (
-    READY, Size, bucket_rows, bucket_sizes, image_pairs, open_picture, pair_rows)
+    READY, Size, bucket_rows, bucket_sizes, image_pairs, pair_rows)
+from diffusion_sharpening.basics.pictures import open_picture
 
 torch.set_num_threads(1)
 PROMPTS = ['a red circle', 'a "blue", square', 'ein grüner Stern']

@@ -13,9 +13,10 @@ from diffusion_sharpening.maths.choice import argmax, pair, pick, standardise
 from diffusion_sharpening.maths.losses import log_ratio, preference
 from diffusion_sharpening.maths.rollout import branch, rollout
 from diffusion_sharpening.methods.catalog import METHODS, find
-from diffusion_sharpening.methods.parts import along_path, candidate_seeds, from_noises, held_noise, path_error
+from diffusion_sharpening.methods.parts import (
+    along_path, candidate_seeds, from_noises, held_noise, path_error)
 from diffusion_sharpening.models.denoiser import Denoiser
-from diffusion_sharpening.models.policies import lora_file
+from diffusion_sharpening.models.lora import lora_file
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.training.loop import Callback, prepare, train

@@ -42,8 +42,7 @@ def picture_source(model, # `Denoiser`
     if source == 'shapes':
         ims, texts = shapes_pairs(2400)
         return texts, model.latents(ims, chunk=32)
-    step = model.pipe.vae_scale_factor*2**(len(model.policies.net.config.block_out_channels)-1)
-    ps = image_pairs(source, model.size[0] if buckets else model.size, buckets, step)
+    ps = image_pairs(source, model.size[0] if buckets else model.size, buckets, model.multiple)
     ps.check()
     return ps.captions, Latents(ps, model, latents_dir())
 

@@ -105,11 +105,11 @@ def prepare(model, run:Run, method):
     if run.rank: model.add_lora(run.rank, targets=ATTENTION if run.layers == 'attention' else LINEAR, seed=run.seed)
     else:
         model.add_full()
-        if many: shard(model.policies)                     # before any copy is made
+        if many: model.shard()                     # before any copy is made
         model.copy_adapter('policy', 'base')
     method.start(model)
     if run.ema: model.copy_adapter('policy', 'ema')
-    if run.rank and many: shard(model.policies)
+    if run.rank and many: model.shard()
     if run.compile: model.compile(run.compile)
 
 # %% ../../nbs/12_training/02_loop.ipynb #ea627b0e
@@ -149,7 +149,7 @@ def collect(s:State, batch): # `Lesson`, or None where some process has none
     except NonFinite as e:
         lesson = None
         print(f'batch {s.k+1} skipped: {e}')
-    if s.model.sharded: s.model.policies.forward.wait()
+    if s.model.sharded: s.model.wait()
     s.nfe += meter.nfe*s.world
     if s.team.all(lesson is not None):
         lesson.log['nfe'] = meter.nfe*s.world
@@ -241,4 +241,4 @@ def settle(s:State):
     if s.bad >= s.run.patience:
         raise TrainingError(f"{s.bad} updates in a row were not finite; the last prompts: {'; '.join(s.prompts[:4])}")
     if s.run.ema: s.model.copy_adapter('ema', 'policy')
-    if s.model.sharded: gather(s.model.policies)
+    if s.model.sharded: s.model.gather()
