@@ -1,5 +1,5 @@
 "CLIP score, aesthetic, HPS and PickScore: names, errors, shapes of towers, and (slow) the architectures at full size"
-import gc, json, platform, time, warnings
+import gc, json, sys, time, warnings
 from pathlib import Path
 
 import pytest, torch
@@ -140,12 +140,9 @@ def test_folders_equal_open_clip(tmp_path, extra):
 
 def record(name, **found):
     "Keep what was measured"
-    row = dict(command=f'pytest -m slow tests/test_rewards_clip_family.py -k {name}', weights='random, of the published architecture',
-               processor=platform.processor() or platform.machine(), threads=1, torch=torch.__version__, open_clip=open_clip.__version__,
-               transformers=transformers.__version__, **found)
-    (root/'data/results').mkdir(parents=True, exist_ok=True)
-    (root/f'data/results/rewards-{name}.json').write_text(json.dumps(row, indent=1))
-    print(json.dumps(row, indent=1))
+    sys.path.insert(0, str(root/'nbs'/'_dev'))
+    from results import write
+    write(f'rewards-{name}', dict(weights='random, of the published architecture') | found, ['open_clip_torch'])
 
 
 def random_state(net, seed=0):

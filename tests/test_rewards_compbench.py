@@ -1,5 +1,5 @@
 "Compositional rewards: errors, batches, equivalences; `-m slow` runs full sizes and writes data/results/rewards-*.json"
-import json, math, re, time
+import json, math, re, sys, time
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from diffusion_sharpening.rewards.protocol import RewardError
@@ -13,7 +13,6 @@ from diffusion_sharpening.rewards.spatial import (
 from diffusion_sharpening.rewards.vqa import VQAScore, VQAYesNo, tiny_vlm
 
 results = Path(__file__).resolve().parents[1]/'data'/'results'
-command = 'python -m pytest -q -m slow tests/test_rewards_compbench.py'
 
 
 @pytest.fixture(scope='module')
@@ -374,12 +373,10 @@ def test_original_file_with_a_gap(tmp_path):
 # Full sizes, once, with their numbers
 
 def record(name, **numbers):
-    import platform, transformers
-    about = dict(torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version(),
-                 threads=torch.get_num_threads(), device='cpu', weights='random', command=command,
-                 seconds='of processor time on one core, since the machine was shared')
-    results.mkdir(parents=True, exist_ok=True)
-    (results/f'rewards-{name}.json').write_text(json.dumps(about | numbers, indent=1) + '\n')
+    sys.path.insert(0, str(results.parents[1]/'nbs'/'_dev'))
+    from results import write
+    seconds = 'of processor time on one core, since the machine was shared'
+    write(f'rewards-{name}', dict(weights='random', seconds=seconds) | numbers)
 
 def timed(f, n=3):
     f(); start = time.process_time()

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'FORMATS', 'MAX_PIXELS', 'LITERAL', 'PictureError', 'open_header', 'orientation', 'upright_size',
-           'open_picture', 'as_tensor', 'read_picture', 'as_png', 'marked', 'plain']
+           'open_picture', 'as_tensor', 'read_picture', 'as_png', 'marked', 'write_grid', 'plain']
 
-# %% ../../nbs/01_basics/07_pictures.ipynb #be4f5867
+# %% ../../nbs/01_basics/07_pictures.ipynb #6aebf69d
 import io, torch, unicodedata
 from pathlib import Path
 from PIL import Image
 from torch import Tensor
+from .files import write_whole
 
 # %% ../../nbs/01_basics/07_pictures.ipynb #55163d5e
 PICTURES = '.png .jpg .jpeg .jpe .jfif .webp .bmp .gif .tif .tiff'.split()  # Endings of files
@@ -131,6 +132,20 @@ def marked(x:Tensor # Pictures `(B, 3, H, W)` in [0, 1]
     cross = ((down - across).abs() < .08) | ((down + across - 1).abs() < .08)
     white = torch.stack([torch.ones_like(down), *[(~cross).float()]*2])
     return torch.where(bad.view(-1, 1, 1, 1), white.to(x), x)
+
+# %% ../../nbs/01_basics/07_pictures.ipynb #ce8d7f54
+def write_grid(images:Tensor, # `(N, 3, H, W)` in [0, 1]
+               path, # File to write
+               columns:int=8 # Pictures in a row
+              )->None:
+    "Write pictures as one PNG, a little apart; those that hold numbers that are not finite are marked"
+    n, _, h, w = images.shape
+    across = min(columns, n)
+    canvas = torch.ones(3, -(-n//across)*(h + 4), across*(w + 4))
+    for i, x in enumerate(marked(images.detach().cpu())):
+        top, left = i//across*(h + 4) + 2, i % across*(w + 4) + 2
+        canvas[:, top:top+h, left:left+w] = x
+    write_whole(path, as_png(canvas))
 
 # %% ../../nbs/01_basics/07_pictures.ipynb #55fcbb6f
 LITERAL = dict(parse_math=False, usetex=False)  # For matplotlib: this text is no formula

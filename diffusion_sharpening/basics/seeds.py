@@ -24,6 +24,7 @@ def _mix(h):
         if mult is not None: h *= mult
     return h
 
+# %% ../../nbs/01_basics/06_seeds.ipynb #dd51ad8a
 def _bits(x):
     "Any integers as a fresh uint64 array of at least one dimension"
     if isinstance(x, int): x = (x + 2**63) % 2**64 - 2**63

@@ -101,6 +101,7 @@ def _spread(ts, lead):
     ts = ts.view(len(ts), *[1]*(len(lead) + 1 - ts.ndim), *ts.shape[1:])
     return ts.expand(len(ts), *lead)
 
+# %% ../../nbs/02_maths/03_rollout.ipynb #f7e8ab40
 def _step_keys(seeds, t, eta, lead):
     "Keys of the noise of each step `(m, …)`, or None where no noise is needed"
     if not eta > 0: return None

@@ -35,7 +35,8 @@ class BestOfN(Method):
         w = weights(R, self.alpha)
         n = self.n if self.alpha else 1
         x0, use = (flat(x0), flat(w)) if self.alpha else (pick(x0, w.argmax(0)), torch.ones_like(w[0]))
-        return Lesson(dict(x0=x0, seeds=batch.seeds.repeat(n)), repeated(batch.cond, n), use, summary(R), pictures)
+        rows = dict(x0=x0, seeds=batch.seeds.repeat(n))
+        return Lesson(rows, repeated(batch.cond, n), use, summary(R), pictures)
 
     def loss(self, model, judge, lesson, u) -> tuple:
         "Denoising errors on the chosen samples `(R,)`"

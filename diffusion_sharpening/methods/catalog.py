@@ -20,8 +20,8 @@ from ..rewards.own import load_object
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #bcca4bf7
 METHODS = dict(
-    standard=Standard, sft_sharpening=SFTSharpening, rlhf_sharpening=RLHFSharpening, branch_regression=BranchRegression,
-    step_preference=StepPreference, online_dpo=OnlineDPO, best_of_n=BestOfN, contrast=Contrast)
+    standard=Standard, sft_sharpening=SFTSharpening, rlhf_sharpening=RLHFSharpening,
+    branch_regression=BranchRegression, step_preference=StepPreference, online_dpo=OnlineDPO, best_of_n=BestOfN, contrast=Contrast)
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #0dc577fa
 PRESETS = dict(
@@ -40,11 +40,12 @@ def presets(name:str # A method, `sft`, `rlhf`, or `path/to/file.py:Method`
     made = METHODS[name]
     return dict(default=made) | {k: getattr(made, k) for k in ('paper', 'released') if hasattr(made, k)}
 
+# %% ../../nbs/08_methods/11_catalog.ipynb #3f978005
 def _own(name):
     try: made = load_object(name)
     except ValueError as e: raise ValueError(str(e).replace('own reward', 'method', 1)) from None
     if isinstance(made, type) and issubclass(made, Method): return made
-    raise ValueError(f'method {name!r}: expected a class that inherits from methods.protocol.Method, found {made!r}')
+    raise ValueError(f'method {name!r}: expected a subclass of methods.protocol.Method, found {made!r}')
 
 def find(name:str, # A method, `sft`, `rlhf`, or `path/to/file.py:Method`
          preset:str='default' # One of its presets

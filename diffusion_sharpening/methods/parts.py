@@ -24,6 +24,7 @@ def guided(model, guidance:float): # 0: as the model samples by default
     "The model as it rolls out"
     return model.with_guidance(guidance) if guidance else model
 
+# %% ../../nbs/08_methods/02_parts.ipynb #ea0b07df
 def plain(model):
     "The network itself, without guidance"
     return model.with_guidance(1.)
@@ -49,6 +50,7 @@ def path_starts(grid:Tensor, # Sampler times `(S+1,)`
     lo, hi = _places(len(grid)-1, early, late, m)
     return path_times(grid, (lo + stream(seeds, 'time', 0).abs() % (hi-lo)).to(grid.device), m)
 
+# %% ../../nbs/08_methods/02_parts.ipynb #a9543c50
 def stride_starts(schedule, # Of the model
                   S:int, # Sampler steps, which make the stride
                   seeds:Tensor, # int64 `(B,)`
@@ -57,6 +59,7 @@ def stride_starts(schedule, # Of the model
     "Times of a short path that may begin anywhere, as in the released code of arXiv 2502.12146"
     return stride_times(stream(seeds, 'time', 0).abs() % schedule.T, schedule.T//S, m)
 
+# %% ../../nbs/08_methods/02_parts.ipynb #eb9abf2b
 def asked_times(grid:Tensor, # Sampler times `(S+1,)`
                 seeds:Tensor, # int64, any shape
                 u:int=0, # Number of the update
@@ -74,7 +77,8 @@ class Paths:
     x0:Tensor = None # Image that was noised `(n, B, *item)`
     eps:Tensor = None # Noise that was put on it, same shape
 
-def _shared(ts, n): return ts[:, None].expand(-1, n, -1)    # times `(m+1, n, B)`: candidates share those of their prompt
+# times `(m+1, n, B)`: candidates share those of their prompt
+def _shared(ts, n): return ts[:, None].expand(-1, n, -1)
 
 # %% ../../nbs/08_methods/02_parts.ipynb #53dfd0ea
 def from_noises(model,
@@ -134,6 +138,7 @@ def along_path(model, judge,
     R, pictures = judged(model, judge, tr.x0s, prompts)
     return aggregate(R, how, tr.mask), pictures[-1]
 
+# %% ../../nbs/08_methods/02_parts.ipynb #76fc0e59
 def at_end(model, judge,
            x0:Tensor, # Clean latents `(n, B, *item)`
            prompts:list # `B` texts
@@ -151,7 +156,8 @@ def finished(model,
     "Where paths lead: the rest of the sampler, without fresh noise"
     t, grid = tr.t[-1], model.grid(S).to(tr.t.device)
     if model.schedule.clean(t).all(): return tr.end
-    i = (grid.view(-1, *[1]*t[0].ndim) >= t[0]).sum(0)                  # the first grid time below each path's end
+    # the first grid time below each path's end
+    i = (grid.view(-1, *[1]*t[0].ndim) >= t[0]).sum(0)
     rest = grid[(i + torch.arange(S-int(i.min())+1, device=i.device)[:, None]).clamp(max=S)]
     return rollout(model, tr.end, _shared(torch.cat([t[:1], rest]), len(t)), cond, keep=False).end
 
@@ -167,6 +173,7 @@ def taken(ts:Tensor # Times `(m+1, …)`
     "Which steps of a path are real; padded ones start at the clean end"
     return ts[:-1] > 0 if ts.is_floating_point() else ts[:-1] >= 0
 
+# %% ../../nbs/08_methods/02_parts.ipynb #5e1e4bcc
 def _asked_error(model, x, t, cond, x0, eps, lead): # Error of the network's output at states `x`
     t = t.clamp(min=0)
     return denoising(model.output(x, t, cond), target(model.schedule, x0, eps, t, model.kind), lead=lead)
@@ -178,6 +185,7 @@ def _errors_through(model, x, ts, cond, x0, eps):
         y = step(model.schedule, y, *model.predict(y, ts[j].clamp(min=0), cond), ts[j], ts[j+1]).prev
     return torch.stack(errs)
 
+# %% ../../nbs/08_methods/02_parts.ipynb #f2cf6e77
 def path_error(model,
                x:Tensor, # States of one path per prompt `(m, B, *item)`
                ts:Tensor, # Times `(m+1, B)`
@@ -210,6 +218,7 @@ def end_error(model,
     "Error of the network's output against the one that leads to `x0`"
     return _asked_error(model, x_t, t, cond, x0, implied_eps(model.schedule, x_t, x0, t), 1)
 
+# %% ../../nbs/08_methods/02_parts.ipynb #4362cdd3
 def noised(model,
            x0:Tensor, # Finished samples `(R, *item)`
            t:Tensor, # Times `(R,)`
@@ -238,11 +247,13 @@ def turned(x:Tensor # `(m, B, …)`, or `(B, m, …)`
     "Rows first, or steps first again"
     return x.transpose(0, 1)
 
+# %% ../../nbs/08_methods/02_parts.ipynb #767cf781
 def flat(x:Tensor # `(n, B, …)`
         )->Tensor: # `(n·B, …)`
     "Each candidate as a row"
     return x.flatten(0, 1)
 
+# %% ../../nbs/08_methods/02_parts.ipynb #0435f121
 def repeated(cond, n:int):
     "Conditioning of `n` candidates of each prompt, as rows"
     return None if cond is None else cond.repeat(n)

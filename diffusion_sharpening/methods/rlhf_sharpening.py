@@ -44,11 +44,11 @@ class RLHFSharpening(Method):
     S: int = within(25, 1)            # Steps of the whole sampler
     beta: float = within(2500., above=0) # Hold on the reference, in 1/(mean squared error)
     loss_kind: str = words('odpo', 'dpo', 'odpo', 'rebel', 'released') # Which preference loss
-    aggregate: str = words('sum', 'sum', 'mean', 'last', 'discount') # How rewards along a path are put together
+    aggregate: str = words('sum', 'sum', 'mean', 'last', 'discount') # Of the rewards along a path
     consistent: bool = False          # Target the noise that a state holds, not the one its path began with
     anywhere: bool = False            # Begin at any time, not on the sampler's grid (released code)
     through: bool = False             # Let gradients run through the sampler's steps (released code)
-    own_noise: bool = False           # Noise n own samples, each with the noise it was made from (released code)
+    own_noise: bool = False           # Noise n own samples with the noise each was made from (released code)
     first_only: bool = False          # Measure the reference at the first state only (released code)
     early: float = within(0., 0, below=1) # Begin no earlier than this share of the sampler's steps
     late: float = within(1., above=0, hi=1) # Begin no later than this share
@@ -65,8 +65,8 @@ class RLHFSharpening(Method):
     @classmethod
     def released(cls, **changes):
         "As the authors' code does it"
-        code = dict(beta=5000., loss_kind='released', aggregate='mean', anywhere=True, through=True, own_noise=True,
-                    first_only=True, guidance=1.)
+        code = dict(beta=5000., loss_kind='released', aggregate='mean', anywhere=True, through=True,
+                    own_noise=True, first_only=True, guidance=1.)
         return cls(**(code | changes))
 
     def __post_init__(self):
@@ -98,9 +98,9 @@ class RLHFSharpening(Method):
 
     def reference(self, model, lesson):
         "Errors of the reference, of winners and losers"
-        m = 1 if self.first_only else self.m
-        short = Lesson({k: v[:, :m + (k[:2] == 'ts')] if k[:2] in ('x_', 'ts') else v for k, v in lesson.rows.items()},
-                       lesson.cond, lesson.use, {})
+        long, m = dict(x=0, ts=1), 1 if self.first_only else self.m
+        rows = {k: v[:, :m + long[k[:-2]]] if k[:-2] in long else v for k, v in lesson.rows.items()}
+        short = Lesson(rows, lesson.cond, lesson.use, {})
         return {f'ref_{s}': lesson_error(model, short, self.consistent, False, f'_{s}') for s in 'wl'}
 
     def loss(self, model, judge, lesson, u) -> tuple:

@@ -23,7 +23,7 @@ class SFTSharpening(Method):
     m: int = within(3, 1)             # Steps of a path
     S: int = within(25, 1)            # Steps of the whole sampler
     alpha: float = within(0., 0)      # Temperature of the choice, in units of the value; 0: the best alone
-    aggregate: str = words('sum', 'sum', 'mean', 'last', 'discount') # How rewards along a path are put together
+    aggregate: str = words('sum', 'sum', 'mean', 'last', 'discount') # Of the rewards along a path
     consistent: bool = False          # Target the noise that a state holds, not the one its path began with
     anywhere: bool = False            # Begin at any time, not on the sampler's grid (released code)
     through: bool = False             # Let gradients run through the sampler's steps (released code)
@@ -84,6 +84,7 @@ def path_rows(paths # `Paths` of `n` candidates
     x, t = paths.tr.states[:-1].movedim(0, 2), paths.tr.t.movedim(0, 2)
     return dict(x=x, ts=t, x0=paths.x0, eps=paths.eps)
 
+# %% ../../nbs/08_methods/04_sft_sharpening.ipynb #dcd898b1
 def lesson_error(model, lesson, consistent:bool, through:bool, side:str=''):
     "Denoising error along the paths of a lesson `(R,)`"
     x, ts = turned(lesson[f'x{side}']), turned(lesson[f'ts{side}'])

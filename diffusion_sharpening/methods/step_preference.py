@@ -44,7 +44,8 @@ class StepPreference(Method):
         "Times of the branches `(m+1, B)` and the states they share `(B, *item)`"
         x0 = from_prompt(model, self.S, stream(batch.seeds, 'image'), batch.cond)
         ts = path_starts(model.grid(self.S), batch.seeds, self.m, self.early, self.late).to(x0.device)
-        return ts, add_noise(model.schedule, x0, noise(stream(batch.seeds, 'state'), START, model.item, x0.device), ts[0])
+        eps = noise(stream(batch.seeds, 'state'), START, model.item, x0.device)
+        return ts, add_noise(model.schedule, x0, eps, ts[0])
 
     def collect(self, model, judge, batch) -> Lesson:
         "Branch from a noised sample, judge the ends, keep the steps of best and worst"
@@ -53,7 +54,7 @@ class StepPreference(Method):
         tr = from_state(view, x_t, ts, candidate_seeds(batch.seeds, self.n), batch.cond, self.eta).tr
         R, pictures = at_end(view, judge, finished(view, tr, self.S, batch.cond), batch.prompts)
         (w, l), Z, use = pair(R), standardise(R), (~tied(R)).float()
-        rows = pair_rows(dict(x=tr.states.movedim(0, 2)), w, l) | dict(ts=turned(ts), gap=pick(Z, w) - pick(Z, l))
+        rows = dict(ts=turned(ts), gap=pick(Z, w) - pick(Z, l), **pair_rows(dict(x=tr.states.movedim(0, 2)), w, l))
         lesson = Lesson(rows, batch.cond, use, summary(R) | dict(tied=1-use.mean()), pictures)
         with model.reference(): lesson.rows |= {f'ref_{s}': self.logp(view, lesson, s) for s in 'wl'}
         return lesson

@@ -67,6 +67,9 @@ def read_state(path, # Checkpoint: .safetensors, or a PyTorch pickle
         if Path(path).suffix == '.safetensors': state = load_file(path)
         else: state = torch.load(path, map_location='cpu', weights_only=True, mmap=_is_zip(path))
     except Exception as e:
+        if more := _asks_for(e):
+            raise ValueError(f'{name}: {path} is a pickle that asks for {more}, and not only for tensors, '
+                             'texts and numbers; it was refused') from None
         size = f'{Path(path).stat().st_size/1e6:.1f} MB' if Path(path).is_file() else 'no file'
         raise ValueError(f'{name}: {path} is no whole checkpoint ({size}; {type(e).__name__}); '
                          'delete it and download it again') from None
@@ -76,6 +79,11 @@ def read_state(path, # Checkpoint: .safetensors, or a PyTorch pickle
         raise ValueError(f'{name}: expected tensors by name in {path}, found {type(state).__name__}')
     return {k.removeprefix('module.'): v for k, v in state.items() if torch.is_tensor(v)}
 
+def _asks_for(e): # The class or function that PyTorch's restricted reader refused, or None
+    found = re.search(r'GLOBAL ([\w.]+)', str(e))
+    return found and found[1]
+
+# %% ../../nbs/04_rewards/02_files.ipynb #71f73ba7
 def _is_zip(path):
     with open(path, 'rb') as f: return f.read(2) == b'PK'
 

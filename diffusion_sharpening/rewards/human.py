@@ -7,9 +7,6 @@ __all__ = ['MEAN', 'STD', 'HPS', 'HFTower', 'PickScore']
 
 # %% ../../nbs/04_rewards/06_human.ipynb #af4ea6b5
 import torch
-from pathlib import Path
-from torch import Tensor
-from .protocol import Reward
 from .clip import CLIPScore, Tower, load_clip
 from .files import fetch, local_path, pretrained
 

@@ -52,6 +52,7 @@ def load_object(which:str # `my_pkg.my_mod:name` or `path/to/file.py:name`
         found = getattr(found, part)
     return found
 
+# %% ../../nbs/04_rewards/17_own.ipynb #9b36753c
 def load_function(which:str # `my_pkg.my_mod:fn` or `path/to/file.py:fn`
                  ): # The function; ValueError says what is wrong with it
     "Find a function by its import path"

@@ -10,6 +10,7 @@ __all__ = ['read_pairs', 'ranked', 'opened', 'split_pairs', 'Judge', 'Scorer', '
 import itertools, json, math, random, re, tempfile, torch, torch.nn.functional as F
 from pathlib import Path
 from torch import Tensor, nn
+from ..basics.pictures import read_picture
 from ..models.fit import fit, picks
 from .protocol import Reward, as_images
 from .clip import Tower, find_clip, preprocess, read_clip
@@ -47,12 +48,9 @@ def ranked(prompt:str, # What all pictures were made for
 def opened(picture # Tensor `(3, H, W)` (float in [0, 1] or uint8), PIL image or path
           )->Tensor: # `(3, H, W)`, float in [0, 1]
     "A picture of a pair as a tensor"
-    from PIL import Image
     if torch.is_tensor(picture): return as_images(picture[None])[0]
     if not isinstance(picture, (str, Path)): return as_images([picture])[0]
-    try:
-        with Image.open(picture) as im: return as_images([im])[0]
-    except OSError: raise ValueError(f'preference: {picture} is no picture') from None
+    return read_picture(picture)
 
 # %% ../../nbs/04_rewards/13_preference.ipynb #771477ba
 def split_pairs(pairs:list, # Of any prompts

@@ -23,6 +23,7 @@ from .run import Run
 class TrainingError(RuntimeError):
     "A run that cannot go on"
 
+# %% ../../nbs/12_training/02_loop.ipynb #25275e81
 @dataclass
 class State:
     "What the loop knows, and callbacks see"
@@ -102,7 +103,8 @@ def prepare(model, run:Run, method):
     "Add what learns, and what the method keeps beside it"
     model.cast(run.precision)
     many = run.shard and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    if run.rank: model.add_lora(run.rank, targets=ATTENTION if run.layers == 'attention' else LINEAR, seed=run.seed)
+    layers = ATTENTION if run.layers == 'attention' else LINEAR
+    if run.rank: model.add_lora(run.rank, targets=layers, seed=run.seed)
     else:
         model.add_full()
         if many: model.shard()                     # before any copy is made
@@ -115,7 +117,7 @@ def prepare(model, run:Run, method):
 # %% ../../nbs/12_training/02_loop.ipynb #ea627b0e
 @torch.no_grad()
 def check_start(model, batch, tol:float=2e-2):
-    "Policy equals reference, and batched equals single, relative to the size of the output; else `TrainingError`"
+    "`TrainingError` unless policy equals reference and batched equals single, relative to the output"
     x, t = noise(batch.seeds[:2], START, model.item, model.device), model.grid(4)[1].to(model.device)
     t = t.expand(len(x)); c = batch.cond[:len(x)]
     out = model.output(x, t, c)
@@ -124,12 +126,14 @@ def check_start(model, batch, tol:float=2e-2):
     parts = torch.cat([model.output(x[i:i+1], t[i:i+1], c[i:i+1]) for i in range(len(x))])
     for what, other in (('policy and reference', ref), ('batched and single predictions', parts)):
         off = ((out-other).abs().max()/size).item()
-        if not off <= tol: raise TrainingError(f'self-check: {what} differ by {off:.2g} of their size before the first update')
+        if off <= tol: continue
+        raise TrainingError(f'self-check: {what} differ by {off:.2g} of their size before the first update')
 
 # %% ../../nbs/12_training/02_loop.ipynb #49412438
 def begin(model, method, judge, source, run:Run)->State:
     "Everything ready for batch 0"
-    if method.needs_judge and judge is None: raise ValueError(f'train: {type(method).__name__} asks a reward, found none')
+    if method.needs_judge and judge is None:
+        raise ValueError(f'train: {type(method).__name__} asks a reward, found none')
     team = Team(accelerator(model.device, run))
     prepare(model, run, method)
     opt = torch.optim.AdamW(model.trainable(), lr=run.lr, betas=(.9, .99), weight_decay=0.)
@@ -236,9 +240,11 @@ def going(s:State)->bool:
     if s.bad >= s.run.patience: s.stop = f'{s.bad} updates in a row were not finite'
     return s.k < s.run.steps and not s.stop and not late
 
+# %% ../../nbs/12_training/02_loop.ipynb #6c7f8ed0
 def settle(s:State):
     "The averaged weights take the policy's place; weights that were dealt out come together"
     if s.bad >= s.run.patience:
-        raise TrainingError(f"{s.bad} updates in a row were not finite; the last prompts: {'; '.join(s.prompts[:4])}")
+        last = '; '.join(s.prompts[:4])
+        raise TrainingError(f'{s.bad} updates in a row were not finite; the last prompts: {last}')
     if s.run.ema: s.model.copy_adapter('ema', 'policy')
     if s.model.sharded: s.model.gather()

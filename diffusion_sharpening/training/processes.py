@@ -16,15 +16,19 @@ def accelerator(device, # Of the model
     from accelerate import Accelerator
     acc = Accelerator(cpu=device.type == 'cpu')
     kind = str(acc.distributed_type).split('.')[-1]
-    if kind in ('DEEPSPEED', 'MEGATRON_LM'): raise ValueError(f'processes: expected MULTI_GPU or FSDP, found {kind}')
+    if kind in ('DEEPSPEED', 'MEGATRON_LM'):
+        raise ValueError(f'processes: expected MULTI_GPU or FSDP, found {kind}')
     if acc.gradient_accumulation_steps != 1:
-        raise ValueError(f'launch: expected no gradient accumulation, found {acc.gradient_accumulation_steps} steps; '
+        found = acc.gradient_accumulation_steps
+        raise ValueError(f'launch: expected no gradient accumulation, found {found} steps; '
                          'unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS and use the setting micro')
     if acc.mixed_precision not in (None, 'no'):
-        raise ValueError(f'launch: expected mixed precision no, found {acc.mixed_precision}; use the setting precision')
+        raise ValueError(f'launch: expected mixed precision no, found {acc.mixed_precision}; '
+                         'use the setting precision')
     if kind == 'FSDP': run.shard = True
     if run.batch % acc.num_processes:
-        raise ValueError(f'batch: expected a multiple of the {acc.num_processes} processes, found {run.batch}')
+        raise ValueError(f'batch: expected a multiple of the {acc.num_processes} processes, '
+                         f'found {run.batch}')
     return acc
 
 # %% ../../nbs/12_training/03_processes.ipynb #c367151a
@@ -50,7 +54,8 @@ class Team:
     def numbers(self, log:dict)->dict:
         "Statistics as numbers, means over processes; None stays"
         ks = sorted(k for k, v in log.items() if v is not None)
-        row = torch.stack([torch.as_tensor(log[k], dtype=torch.float32, device=self.acc.device).detach() for k in ks])
+        as_number = lambda v: torch.as_tensor(v, dtype=torch.float32, device=self.acc.device).detach()
+        row = torch.stack([as_number(log[k]) for k in ks])
         return log | dict(zip(ks, self.mean(row).tolist()))
 
     def average(self, loss, ps:list, sharded:bool):

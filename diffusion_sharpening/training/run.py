@@ -26,10 +26,10 @@ class Run(Settings):
     ema: float = within(.95, 0, below=1) # Moving average of the weights, kept at the end; 0: the last weights
     micro: int = within(0, 0)          # Network evaluations with gradient at once; 0: all of an update
     precision: str = words('float32', 'float32', 'bfloat16') # Of the network; what learns stays in float32
-    compile: str = ''                  # Backend of torch.compile for the network, e.g. inductor; empty: not compiled
+    compile: str = ''                  # Backend of torch.compile for the network, e.g. inductor; empty: none
     shard: bool = False                # With several processes: each keeps a slice of every weight (FSDP2)
-    drop: float = within(0., 0, below=1) # Share of captions left out in training, for classifier-free guidance
-    buckets: bool = False              # Pictures in several shapes of about the same area, one shape per batch
+    drop: float = within(0., 0, below=1) # Share of captions left out, for classifier-free guidance
+    buckets: bool = False              # Pictures in several shapes of about one area, one shape per batch
     seconds: float = within(0., 0)     # Start no batch after this wall time; 0: no limit
     patience: int = within(10, 1)      # Stop after so many skipped updates in a row
     checkpoint_every: int = within(50, 0) # Batches between two checkpoints; 0: none

@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"Time and memory of the inner loops: `bench.py [rollout|selection|update] [--model FOLDER] [--json FILE]`"
-import argparse, json, os, platform, resource, statistics, subprocess, sys, tempfile, time
+"Time and memory of the inner loops: `bench.py [rollout|selection|update] [--model FOLDER] [--write]`"
+import argparse, json, os, resource, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(root))
+from results import write
 KINDS = ['rollout', 'selection', 'update']
 prompts = ['a red circle', 'a blue square', 'a green star', 'a yellow triangle']
 
@@ -278,14 +279,6 @@ def print_update(r):
 
 # Report
 
-def setup():
-    "Versions and hardware"
-    import diffusers, torch
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'
-    return dict(torch=torch.__version__, diffusers=diffusers.__version__, python=platform.python_version(),
-                threads=torch.get_num_threads(), cpus=os.cpu_count(), device=device,
-                processor=platform.processor() or platform.machine(), load=round(os.getloadavg()[0], 2))
-
 def arguments():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('what', nargs='*', help="rollout, selection, update (default: all)")
@@ -296,7 +289,7 @@ def arguments():
     p.add_argument('-n', type=int, default=4, help="candidates per prompt of an update")
     p.add_argument('-m', type=int, default=3, help="steps per path of an update")
     p.add_argument('--repeat', type=int, default=7, help="paired rounds")
-    p.add_argument('--json', help="file to write the numbers to")
+    p.add_argument('--write', action='store_true', help="write data/results/bench.json")
     p.add_argument('--child', help=argparse.SUPPRESS)
     a = p.parse_args()
     for o in a.what:
@@ -309,8 +302,7 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         folder, what = model_folder(a.model, tmp), a.what or KINDS
         name = 'shapes-sdxl' if embedded().is_dir() else 'shapes-sdxl, untrained'
-        out = dict(setup=dict(model=a.model or name, **setup()))
-        print(', '.join(f'{k} {v}' for k, v in out['setup'].items()))
+        out = dict(model=a.model or name, cpus=os.cpu_count(), load=round(os.getloadavg()[0], 2))
         if 'rollout' in what:
             out['rollout'] = bench_rollout(folder, a.batch, a.steps, a.repeat)
             print_rollout(out['rollout'])
@@ -320,6 +312,6 @@ def main():
         if 'update' in what:
             out['update'] = bench_update(folder, a.train_batch, a.n, a.m, a.repeat)
             print_update(out['update'])
-    if a.json: Path(a.json).write_text(json.dumps(out, indent=1) + '\n')
+    if a.write: write('bench', out)
 
 if __name__ == '__main__': main()

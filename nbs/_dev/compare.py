@@ -1,53 +1,59 @@
 #!/usr/bin/env python
-"""Train presets of SFT and RLHF at equal wall time over several seeds, and gather the changes on held-out prompts.
+"""Train presets of SFT and RLHF at equal wall time over several seeds, and gather the changes on held-out captions.
 
-`python nbs/_dev/compare.py --seconds 100 --seeds 3` trains what is not there yet in runs/compare, then writes data/results/comparison.json."""
+`python nbs/_dev/compare.py --seconds 100 --seeds 3` trains what is not there yet in runs/compare, then writes
+data/results/comparison.json: means with 95 % intervals over seeds and captions."""
 import argparse, json
 from pathlib import Path
 import torch
-from diffusion_sharpening.commands.provenance import provenance
+from diffusion_sharpening.basics.stats import over_seeds, shown
 from diffusion_sharpening.commands.train import train
+from results import write
 
 root = Path(__file__).resolve().parents[2]
 LR = dict(sft=1e-4, rlhf=5e-4)    # at 5e-4 every preset of SFT lost in an earlier comparison
-SETUPS = dict(sft=['plain', 'paper', 'released', 'sde', 'sample'], rlhf=['paper', 'released', 'sde', 'sample', 'contrast'])
+SETUPS = dict(sft=['plain', 'paper', 'released', 'sde', 'sample'],
+              rlhf=['paper', 'released', 'sde', 'sample', 'contrast'])
 
-def one(method, preset, seed, seconds, folder):
-    "Train once, unless its report is there"
-    out = folder/f'{method}-{preset}-{seed}'
+def read(path): return json.loads(path.read_text())
+
+def one(name, seed, seconds, heldout):
+    "Report and scores of one training, made unless they are there"
+    method, preset = name.split('-')
+    out = root/'runs'/'compare'/f'{name}-{seed}'
     if not (out/'report.json').exists():
-        train(method, preset=preset, out=str(out), seed=seed, seconds=seconds, steps=10**6, lr=LR[method])
-    return json.loads((out/'report.json').read_text())
+        train(method, preset=preset, out=str(out), seed=seed, seconds=seconds, steps=10**6, lr=LR[method],
+              heldout=heldout)
+    return read(out/'report.json'), read(out/'scores.json')
 
-def pooled(reps, pick):
-    "Mean over seeds of a paired change, with the interval of the mean over seeds and prompts"
-    xs = [pick(r) for r in reps]; mean = sum(x['mean'] for x in xs)/len(xs)
-    var = sum(((x['high']-x['low'])/3.92)**2 for x in xs)/len(xs)**2
-    between = torch.tensor([x['mean'] for x in xs]).var().item()/len(xs) if len(xs) > 1 else 0.
-    half = 1.96*max(var, between)**.5
-    return dict(mean=mean, low=mean-half, high=mean+half)
+def gains(scores):
+    "Changes of every judge over seeds and captions, with their intervals"
+    names = [k for k in scores[0]['after'] if all(k in s['before'] for s in scores)]
+    side = lambda when, k: torch.tensor([[float('nan') if v is None else v for v in s[when][k]] for s in scores])
+    return {k: over_seeds(side('after', k) - side('before', k), 'captions') for k in names}
 
-def row(method, preset, reps):
+def row(name, runs):
+    "What one preset gave, over its seeds"
+    reps, scores = zip(*runs)
+    method, preset = name.split('-')
+    stats = [r['delta']['image_stats'] for r in reps]
     return dict(method=method, preset=preset, seeds=[r['seed'] for r in reps], seconds=[r['seconds'] for r in reps],
-                checker=pooled(reps, lambda r: r['delta']['checker']['overall']), reward=pooled(reps, lambda r: r['delta']['reward']),
-                image_stats={k: sum(r['delta']['image_stats'][k] for r in reps)/len(reps) for k in reps[0]['delta']['image_stats']},
+                change=gains(scores), image_stats={k: sum(s[k] for s in stats)/len(stats) for k in stats[0]},
                 batches=[r['batches'] for r in reps], lr=reps[0]['settings']['run']['lr'])
-
-def compare(names, seeds, seconds, command):
-    "All presets with the first seed, then with the next: what is there so far is always a fair comparison"
-    folder, reps, out = root/'runs'/'compare', {n: [] for n in names}, root/'data'/'results'/'comparison.json'
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for s in range(seeds):
-        for n in names: reps[n].append(one(*n.split('-'), s, seconds, folder)); print(n, s, reps[n][-1]['delta']['checker']['overall'], flush=True)
-        rows = [row(*n.split('-'), r) for n, r in reps.items()]
-        out.write_text(json.dumps(dict(command=command, heldout_prompts=reps[names[0]][0]['heldout_prompts'], rows=rows, **provenance()), indent=1)+'\n')
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--seconds', type=float, default=100); p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--seconds', type=float, default=100)
+    p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--heldout', type=int, default=960)
     p.add_argument('--only', nargs='*', help='method-preset, e.g. rlhf-contrast')
-    a = p.parse_args(); names = [f'{m}-{k}' for m, ks in SETUPS.items() for k in ks]
-    cmd = f'python nbs/_dev/compare.py --seconds {a.seconds:g} --seeds {a.seeds}' + (f" --only {' '.join(a.only)}" if a.only else '')
-    compare([n for n in names if not a.only or n in a.only], a.seeds, a.seconds, cmd)
+    a = p.parse_args()
+    names = [n for m, ks in SETUPS.items() for k in ks if (n := f'{m}-{k}') and (not a.only or n in a.only)]
+    runs = {n: [] for n in names}
+    for seed in range(a.seeds):        # a seed of all presets, then the next: at any time a fair comparison
+        for n in names: runs[n].append(one(n, seed, a.seconds, a.heldout))
+        rows = [row(n, r) for n, r in runs.items()]
+        write('comparison', dict(heldout_prompts=a.heldout, rows=rows))
+        for r in rows: print(r['method'], r['preset'], {k: shown(i, '+') for k, i in r['change'].items()})
 
 if __name__ == '__main__': main()

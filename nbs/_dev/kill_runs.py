@@ -9,7 +9,7 @@ import torch
 
 torch.set_num_threads(1)
 from diffusion_sharpening.commands.load import quiet
-from diffusion_sharpening.commands.provenance import provenance
+from results import write
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sdxl
@@ -70,9 +70,8 @@ def main():
     line = f'{same} of {a.runs} runs ended bit-identical to the uninterrupted one; {kills} kills; {time.time()-t0:.0f} s'
     print(line)
     if not a.dry:
-        rep = dict(runs=a.runs, identical=same, kills=kills, batches=a.steps, seconds=round(time.time()-t0, 1), summary=line,
-                   command=f'python nbs/_dev/kill_runs.py --runs {a.runs} --steps {a.steps} --seed {a.seed}', **provenance())
-        (root/'data'/'results'/'kill_runs.json').write_text(json.dumps(rep, indent=1)+'\n')
+        write('kill_runs', dict(runs=a.runs, identical=same, kills=kills, batches=a.steps,
+                                seconds=round(time.time()-t0, 1), summary=line))
     sys.exit(same != a.runs)
 
 if __name__ == '__main__': main()

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 "Train `data/shapes-preference` and fit `data/shapes-aesthetic`, both on the towers of `data/shapes-clip`; started again after a stop, it goes on"
-import argparse, json, platform, time
+import argparse, json, time
 from pathlib import Path
 import torch
 from diffusion_sharpening.rewards.aesthetic import fit_aesthetic
@@ -13,6 +13,7 @@ from diffusion_sharpening.worlds.shapes.choices import shapes_choices
 from diffusion_sharpening.worlds.shapes.exam import by_category, check
 from diffusion_sharpening.worlds.shapes.clip import reconstruct
 from diffusion_sharpening.worlds.world import weights
+from results import write
 from diffusion_sharpening.models.fit import kept
 
 def choices(n, work, vae):
@@ -61,16 +62,13 @@ def main():
     held, prob = shapes_choices(args.test, 1, 'heldout')
     new, true, texts = rated_shapes(max(12, args.test//2), 1, 'heldout')
     result = dict(
-        command=f'python nbs/_dev/preference_weights.py --pairs {args.pairs} --steps {args.steps}',
-        machine=platform.processor() or platform.machine(), torch=torch.__version__, threads=1, clip_sha256=clip,
+        clip_sha256=clip,
         possible=torch.maximum(prob, 1-prob).mean().item(),
         held_out_captions={r.name: pair_accuracy(r, held) for r in (judge, small)},
         held_out_prompts_of_training=judge.note['held_out'], checker=with_checker(judge, held[:240]),
         aesthetic=dict(rank_correlation_with_ratings=rank_correlation(taste(new, texts), true),
                        checker=with_checker(taste, held[:240])),
         seconds=dict(pairs=round(drawn-start, 1), training=round(fitted-drawn, 1)))
-    (out/'results').mkdir(parents=True, exist_ok=True)
-    (out/'results'/'rewards-preference.json').write_text(json.dumps(result, indent=1))
-    print(json.dumps(result, indent=1))
+    write('rewards-preference', result, into=out/'results')
 
 if __name__ == '__main__': main()

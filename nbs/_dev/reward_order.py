@@ -1,18 +1,17 @@
 #!/usr/bin/env python
-"""How well rewards order the embedded model's own pictures of one prompt: correlation with the checker within prompts, and what the best of k is worth.
+"""How well rewards order the embedded model's own pictures of one prompt: correlation with the exam within prompts,
+and what the best of k is worth.
 
-`python nbs/_dev/reward_order.py clip@shapes preference@shapes` writes data/results/order.json; a CLIP of another folder is named clip@FOLDER."""
-import argparse, json
-from pathlib import Path
+`python nbs/_dev/reward_order.py clip@shapes preference@shapes` writes data/results/order.json; a CLIP of another
+folder is named clip@FOLDER."""
+import argparse
 import torch
+from results import write
 from diffusion_sharpening.basics.stats import interval, shown
 from diffusion_sharpening.commands.load import load_model
-from diffusion_sharpening.commands.provenance import provenance
 from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.worlds.shapes.exam import by_category, check
 from diffusion_sharpening.worlds.shapes.draw import prompts
-
-root = Path(__file__).resolve().parents[2]
 
 def pictures(texts, k, S):
     "`k` pictures of each caption, and the checker's opinion `(n, k)`"
@@ -35,15 +34,17 @@ def order(reward, ims, many, truth):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('rewards', nargs='*', default=['clip@shapes']); p.add_argument('--n', type=int, default=120, help='captions of each split')
-    p.add_argument('--k', type=int, default=8); p.add_argument('--S', type=int, default=20)
+    p.add_argument('rewards', nargs='*', default=['clip@shapes'])
+    p.add_argument('--n', type=int, default=120, help='captions of each split')
+    p.add_argument('--k', type=int, default=8)
+    p.add_argument('--S', type=int, default=20)
     a = p.parse_args()
     texts = [t for split in ('train', 'heldout') for t in prompts(a.n, split, seed=77)]
     ims, many, truth = pictures(texts, a.k, a.S)
     rows = {r: order(load_reward(r, train=False), ims, many, truth) for r in a.rewards}
-    res = dict(command=f"python nbs/_dev/reward_order.py {' '.join(a.rewards)} --n {a.n} --k {a.k}", captions=len(texts), pictures=a.k,
-               mean=interval(truth.mean(1)), best_possible=interval(truth.amax(1)), rewards=rows, **provenance())
-    (root/'data'/'results'/'order.json').write_text(json.dumps(res, indent=1)+'\n')
-    for r, v in rows.items(): print(f"{r}: within a prompt {shown(v['correlation'])}, best of {a.k} {shown(v['best'])} against {shown(res['mean'])}")
+    one, best = interval(truth.mean(1)), interval(truth.amax(1))
+    write('order', dict(captions=len(texts), pictures=a.k, mean=one, best_possible=best, rewards=rows))
+    for r, v in rows.items():
+        print(f"{r}: within a prompt {shown(v['correlation'])}; best of {a.k} {shown(v['best'])}, one {shown(one)}")
 
 if __name__ == '__main__': main()

@@ -3,8 +3,7 @@
 
 `python nbs/_dev/rewards_image_reward.py` writes data/results/rewards-image_reward.json (about 2 GB of disk and 5 GB of
 memory for a few minutes); it needs `pip install --no-deps image-reward==1.5`."""
-import argparse, gc, json, platform, sys, tempfile, time
-from importlib.metadata import version
+import argparse, gc, sys, tempfile, time
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[2]
@@ -13,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from diffusion_sharpening.rewards.image_reward import PUBLISHED, BlipJudge, ImageReward, rename
 from diffusion_sharpening.worlds.shapes.draw import picture, prompts
-
-out = root/'data/results/rewards-image_reward.json'
+from results import write
 
 def random_checkpoint(folder):
     "A checkpoint with the keys and shapes of ImageReward.pt and weights that pictures and words get through"
@@ -84,12 +82,7 @@ def main():
     args = p.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.dir) as tmp: res = compare(Path(tmp))
-    names = ('torch', 'transformers', 'timm', 'image-reward')
-    res = dict(what='ImageReward, random weights of the published sizes, 4 pictures, CPU, one thread',
-               command='python nbs/_dev/rewards_image_reward.py', python=platform.python_version(),
-               versions={o: version(o) for o in names}, note='times on a machine busy with other work: upper bounds',
-               **res)
-    out.write_text(json.dumps(res, indent=1) + '\n')
-    print(json.dumps(res, indent=1))
+    what = 'ImageReward, random weights of the published sizes, 4 pictures'
+    write('rewards-image_reward', dict(what=what) | res, ['timm', 'image-reward'])
 
 if __name__ == '__main__': main()

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 "Measure the embedded grader through `transformers serve`: writes `data/results/rewards-mllm.json`"
-import argparse, importlib.metadata, json, platform, random, sys, time
+import argparse, random, sys, time
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[2]
@@ -51,18 +51,13 @@ def main():
     import torch
     from diffusion_sharpening.rewards.local_grader import serve
     from diffusion_sharpening.worlds.world import weights
+    from results import write
     torch.set_num_threads(1); start = time.time()
     with serve(weights('shapes-grader'), wait=1200) as which:
-        out = dict(what='the embedded grader of Shapes behind `transformers serve` on one thread: accuracy against '
-                        'the exact checker, and time per picture',
-                   command=f'python nbs/_dev/rewards_mllm.py --n {n}',
-                   note='times on a machine busy with other work: upper bounds',
-                   python=platform.python_version(), start_s=round(time.time()-start, 1),
-                   versions={k: importlib.metadata.version(k)
-                             for k in ('torch', 'transformers', 'openai', 'fastapi', 'uvicorn')},
-                   agreement={s: agreement(which, s, n) for s in ('train', 'heldout')},
-                   ms_per_picture={f'{w} threads': speed(which, w) for w in (1, 4, 8)})
-    path = root/'data'/'results'/'rewards-mllm.json'
-    path.write_text(json.dumps(out, indent=1) + '\n'); print(path.read_text())
+        what = 'the embedded grader of Shapes behind `transformers serve`: accuracy against the exam, and time'
+        found = dict(what=what, start_s=round(time.time()-start, 1),
+                     agreement={s: agreement(which, s, n) for s in ('train', 'heldout')},
+                     ms_per_picture={f'{w} threads': speed(which, w) for w in (1, 4, 8)})
+    write('rewards-mllm', found, ['openai', 'fastapi', 'uvicorn'])
 
 if __name__ == '__main__': main()

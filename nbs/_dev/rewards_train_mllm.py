@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"Train on two rewards, one of them the grader served here, through the command line: writes `data/results/rewards-train-mllm.json`"
-import argparse, importlib.metadata, json, platform, statistics, sys, tempfile, time
+"Train on two rewards, one of them the grader served here: writes `data/results/rewards-train-mllm.json`"
+import argparse, json, statistics, sys, tempfile, time
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(root))
-PRICES = dict(price_in=.15, price_out=.6, budget=1)   # Per million tokens, as small models on the market cost; the server here is free
+PRICES = dict(price_in=.15, price_out=.6, budget=1)   # per million tokens; the server here is free
 
 def command(which, out, steps, n=4, batch=4):
     "Arguments of `sharpen` for a training on the CLIP score and the grader"
@@ -34,19 +34,15 @@ def main():
     steps = p.parse_args().steps
     import torch
     from diffusion_sharpening.commands import cli
+    from results import write
     from diffusion_sharpening.rewards.local_grader import serve
     from diffusion_sharpening.worlds.world import weights
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as d, serve(weights('shapes-grader'), wait=1200) as which:
         start = time.time()
         if cli.run(command(which, Path(d)/'run', steps)): sys.exit('the training failed')
-        out = dict(what='sharpen train rlhf with the CLIP score and the grader behind `transformers serve`, end to end',
-                   command=f'python nbs/_dev/rewards_train_mllm.py --steps {steps}', seed=0, threads='1 for training, 1 for the server',
-                   machine=platform.processor() or platform.machine(), python=platform.python_version(),
-                   note='times on a machine busy with other work: upper bounds',
-                   versions={k: importlib.metadata.version(k) for k in ('torch', 'transformers', 'diffusers', 'openai')},
-                   wall_s=round(time.time()-start, 1), **record(Path(d)/'run', steps))
-    path = root/'data'/'results'/'rewards-train-mllm.json'
-    path.write_text(json.dumps(out, indent=1) + '\n'); print(path.read_text())
+        what = 'sharpen train rlhf with the CLIP score and the grader behind `transformers serve`, end to end'
+        about = dict(what=what, seed=0, server_threads=1, wall_s=round(time.time()-start, 1))
+        write('rewards-train-mllm', about | record(Path(d)/'run', steps), ['openai'])
 
 if __name__ == '__main__': main()

@@ -9,6 +9,7 @@ import argparse, atexit, json, shutil, tempfile, time, torch
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
+from results import write
 
 from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.worlds.world import weights
@@ -108,26 +109,21 @@ def measure(name, n, repeat):
         batch, single = best(lambda: reward(x, texts), repeat, clock), best(one, repeat, clock)
     return dict(batch=round(n/batch, 1), one_by_one=round(n/single, 1), gain=round(single/batch, 2), max_difference=gap)
 
-def versions():
-    from importlib.metadata import version
-    return {k: version(k) for k in ('torch', 'transformers', 'open_clip_torch', 'pillow')}
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--n', type=int, default=8); p.add_argument('--repeat', type=int, default=2)
-    p.add_argument('--only', default='', help='some rewards; the others keep their numbers'); p.add_argument('--out', default=root/'data/results/rewards-throughput.json')
+    p.add_argument('--n', type=int, default=8)
+    p.add_argument('--repeat', type=int, default=2)
+    p.add_argument('--only', default='', help='some rewards; nothing is written')
     a = p.parse_args(); torch.set_num_threads(1); torch.manual_seed(0)
     only = [s for s in a.only.split(',') if s]
     if bad := set(only) - set(MAKE): p.error(f"no reward {bad.pop()!r}; there are: {', '.join(MAKE)}")
-    path = Path(a.out); old = json.loads(path.read_text()) if only and path.exists() else {}
-    res = dict(command='python nbs/_dev/throughput.py', pictures=a.n, size='64 x 64', unit='pictures per second of processor time', device='cpu',
-               threads=1, versions=versions(), rewards=old.get('rewards', {}), left_out=old.get('left_out', {}))
+    found, left_out = {}, {}
     for name in only or MAKE:
-        res['left_out'].pop(name, None)
-        try: res['rewards'][name] = measure(name, a.n, a.repeat)
-        except Exception as e: res['left_out'][name] = f'{type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ""}'
-        print(f"{name:14}{res['rewards'].get(name) or res['left_out'][name]}", flush=True)
-        path.write_text(json.dumps(res, indent=1)+'\n')
+        try: found[name] = measure(name, a.n, a.repeat)
+        except Exception as e: left_out[name] = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:160]}'
+        print(f"{name:14}{found.get(name) or left_out[name]}", flush=True)
+    about = dict(pictures=a.n, size='64 x 64', unit='pictures per second of processor time')
+    if not only: write('rewards-throughput', about | dict(rewards=found, left_out=left_out), ['pillow'])
     stack.close()
 
 if __name__ == '__main__': main()
