@@ -23,7 +23,7 @@ from ..evaluation.measure import all_scores, evaluate
 from ..names.catalog import load_reward
 from ..data.sources import Pictures, Prompts, StoredPictures
 from ..basics.files import write_json
-from ..models.policies import lora_file
+from ..models.lora import lora_file
 from ..training.callbacks import Alarms, Log, Progress, Timer, Tracker
 from ..training.folder import read_report, read_run, sums, taken
 from ..training.loop import train as fit

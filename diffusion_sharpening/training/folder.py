@@ -11,7 +11,7 @@ import fcntl, os, socket
 from contextlib import contextmanager
 from pathlib import Path
 from ..basics.files import digest, read_json, write_json
-from ..models.policies import lora_file
+from ..models.lora import lora_file
 from .checkpoints import CheckpointError, checkpoints, latest
 
 # %% ../../nbs/12_training/08_folder.ipynb #6a7571f0

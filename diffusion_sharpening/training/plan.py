@@ -248,7 +248,7 @@ def _run_once(f, net): # `Cost` of a call without gradients, on real tensors
 def measured(model # `Denoiser` that learns
             )->tuple: # `Cost`s and parameters, as for `memory`
     "Units counted on a loaded model: what one picture takes"
-    net, vae = model.network, model.autoencoder if model.score_vae is None else model.score_vae
+    net, vae = model.policies.net, model.pipe.vae if model.score_vae is None else model.score_vae
     x, t = noise(torch.tensor([0]), START, model.item, model.device), model.grid(4)[:1].to(model.device)
     known = model.encode(next((k for k in model.cache if isinstance(k, str)), ''))
     ask = lambda: model._ask(net, x, t, model.family.inputs(known))
