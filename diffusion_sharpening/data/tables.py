@@ -333,7 +333,7 @@ def files_of(s:Source, # Where
     return [place/n for n in choose(names_in(place))]
 
 # %% ../../nbs/07_data/01_tables.ipynb #9d76c6e1
-def prompt_set(source:str, # An embedded world, a text file with one prompt per line, or another of the sources above
+def prompt_set(source:str, # A world, a text file with one prompt per line, or another of the sources above
                n:int=2400, # How many captions of an embedded world; anything else is read whole
                split:str='train', # `train` or `heldout`, of an embedded world
                seed:int=0 # Of an embedded world's captions
