@@ -9,6 +9,7 @@ __all__ = ['Aside', 'Progress', 'Log', 'Validate', 'save_grid', 'Timer', 'Alarms
 import json, torch
 from dataclasses import asdict
 from pathlib import Path
+from ..basics.pictures import marked
 from ..evaluation.alarms import image_stats
 from ..basics.stages import stage
 from .loop import Callback
@@ -72,7 +73,7 @@ def save_grid(images, path, columns:int=8):
     from PIL import Image
     n, _, h, w = images.shape; c = min(columns, n); r = -(-n//c)
     canvas = torch.ones(3, r*(h+4), c*(w+4))
-    for i, im in enumerate(images):
+    for i, im in enumerate(marked(images.cpu()).clamp(0, 1)):
         y, x = divmod(i, c); canvas[:, y*(h+4)+2:y*(h+4)+2+h, x*(w+4)+2:x*(w+4)+2+w] = im
     Image.fromarray((canvas*255).round().byte().permute(1, 2, 0).numpy()).save(path)
 
