@@ -36,6 +36,7 @@ def main():
     sides = {'exam': new, f'exam of {a.earlier}': old}
     both = lambda parts: {k: dict(mean=interval(s), strict=interval(all_hold(s))) for k, s in parts.items()}
     about = dict(captions=a.n, distinct=len(set(texts)), steps=20, eta=0, model=Path(a.model).name)
-    write(a.name, about | both(sides) | dict(groups=both(w.by_group(new, texts)), bleed=bleed(e.images).mean().item()))
+    groups = both(w.by_group(new, texts))
+    write(a.name, about | both(sides) | dict(groups=groups, bleed=bleed(e.images).mean().item()))
 
 if __name__ == '__main__': main()
