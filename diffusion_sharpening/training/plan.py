@@ -61,7 +61,7 @@ def mfu(tflop:float, # Work, in 10¹² floating-point operations
 # %% ../../nbs/12_training/06_plan.ipynb #f80534f4
 class StandIn(Denoiser):
     "A model that counts what is asked of it and knows nothing"
-    full = sharded = False
+    full, sharded, named = False, False, {}
     def __init__(self, guidance=1., full=False):
         self.full, self.guidance, self.kind, self.schedule = full, guidance, 'epsilon', VP.scaled_linear()
         self.item, self.size, self.device = (1, 1, 1), (1, 1), torch.device('cpu')
@@ -88,6 +88,7 @@ class StandIn(Denoiser):
     def grid(self, S): return time_grid(S)
     def copy_adapter(self, src, dst): self.kept.append(dst)
     def blend_adapter(self, src, dst, rate): pass
+    def trainable(self): return []
 
 # %% ../../nbs/12_training/06_plan.ipynb #72ef8e39
 class _Any(Reward):
