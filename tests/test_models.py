@@ -222,7 +222,8 @@ def test_half_precision_is_close_to_full(models):
 def test_cast_is_loading_in_that_precision(models):
     x_t, t, c = batch(load(models))
     cast, loaded = load(models, vae=models/'taesd').cast('bfloat16'), load(models, dtype='bfloat16')
-    with torch.no_grad(): assert torch.equal(cast.output(x_t, t, cast.encode(PROMPTS)), loaded.output(x_t, t, loaded.encode(PROMPTS)))
+    with torch.no_grad(): a, b = (m.output(x_t, t, m.encode(PROMPTS)) for m in (cast, loaded))
+    assert torch.equal(a, b)
     assert {cast.pipe.vae.dtype, cast.score_vae.dtype} == {torch.bfloat16}
     full = load(models).cast('float16'); assert full.autoencoder.dtype == torch.float32     # force_upcast
     with pytest.raises(ValueError, match='before add_lora'): loaded.add_lora(rank=2).cast('float32')
@@ -231,7 +232,8 @@ def test_cast_is_loading_in_that_precision(models):
 @pytest.mark.parametrize('backend', ['eager', pytest.param('inductor', marks=pytest.mark.slow)])
 def test_compiled_equals_plain(models, backend):
     "Policy, reference and an added copy, with and without gradients"
-    plain, fast = jolt(load(models, guidance=1.).add_lora(rank=2)), jolt(load(models, guidance=1.).add_lora(rank=2)).compile(backend)
+    plain, fast = (jolt(load(models, guidance=1.).add_lora(rank=2)) for _ in range(2))
+    fast.compile(backend)
     x_t, t, c = batch(plain)
     for d in (plain, fast): d.copy_adapter('policy', 'old'); jolt(d, 'old')
     def outs(d):
@@ -316,7 +318,8 @@ def test_old_policy_follows(models, full):
     before = {k: p.clone() for k, p in d.policies.named['old'].items()}
     d.blend_adapter('policy', 'old', .25)
     for k, p in d.policies.named['old'].items():
-        torch.testing.assert_close(p, .75*before[k] + .25*d.policies.named['policy'][k].detach(), atol=1e-6, rtol=1e-5)
+        want = .75*before[k] + .25*d.named['policy'][k].detach()
+        torch.testing.assert_close(p, want, atol=1e-6, rtol=1e-5)
     d.copy_adapter('old', 'policy')
     assert torch.equal(out('old'), out('policy'))
 
@@ -462,7 +465,8 @@ def test_tokenizer_round_trip(tmp_path):
 # Who may look inside
 
 INSIDE = re.compile(r'\b(?:model|d|view)\.(?:pipe|policies|_[a-z]\w*)\b')
-LEFT = {'training/plan.py', 'training/resume.py', 'commands/interchange.py', 'commands/load.py', 'commands/train.py'}
+LEFT = {'training/plan.py', 'training/resume.py', 'commands/interchange.py', 'commands/load.py',
+        'commands/train.py'}
 
 
 def test_nobody_outside_the_room_looks_inside_a_model():
