@@ -1,7 +1,9 @@
 "Every world keeps its promises, and the exam of Shapes its bounds"
-import os, subprocess, sys
-from pathlib import Path
+import time
 import pytest, torch
+from diffusion_sharpening.worlds.shapes import bounds
+from diffusion_sharpening.worlds.shapes.draw import HELD_OUT, dataset, held_out, picture, prompts
+from diffusion_sharpening.worlds.shapes.exam import Checker, bleed
 from diffusion_sharpening.worlds.world import (
     WORLDS, check_world, model_path, weight_folders, weights, world_of)
 
@@ -31,3 +33,27 @@ def test_the_named_folder_comes_first(tmp_path, monkeypatch):
     assert weights('shapes-clip') == tmp_path/'shapes-clip'
     assert weights('shapes-sdxl').parent == weight_folders()[1]
     with pytest.raises(ValueError, match="'nothing' in .*there are: .*shapes-clip"): weights('nothing')
+
+def test_the_exam_accepts_real_pictures():
+    texts = prompts(240, 'heldout', 21)
+    ims = torch.stack([picture(t, i, 'heldout') for i, t in enumerate(texts)])
+    start = time.process_time(); strict = Checker().strict(ims, texts)
+    assert strict.mean() >= .995 and (time.process_time() - start)/240 < .02
+    assert bleed(ims).max() < .05
+
+MILD = 'none', 'blur, σ 1.0 px', 'noise, σ 0.05', 'turned by 10°', 'half resolution'
+
+@pytest.mark.parametrize('name', MILD)
+def test_it_accepts_right_pictures_by_another_program(name):
+    assert bounds.false_rejects(bounds.DAMAGE[name], 60, 4) <= .05
+
+def test_it_rejects_pictures_of_near_captions(): assert bounds.false_accepts(120, 4) == 0
+
+@pytest.mark.parametrize('shape', bounds.NEAR)
+def test_it_rejects_near_outlines(shape):
+    for name, pen in bounds.NEAR[shape].items(): assert bounds.accepted_as(shape, pen, 12) == 0, name
+
+def test_a_flaw_counts_once():
+    "Three in ten pixels of a wrong hue: the circle is there, it is one, and its colour is not the stated one"
+    assert abs(bounds.two_inks(.3)[0] - 2/3) < .02
+    assert bounds.two_inks(.5, mixed=True)[1] < .15 # Half way between opposite hues lies near a third one
