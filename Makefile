@@ -45,8 +45,8 @@ readme: $(stamp)  ## README.md from nbs/index.ipynb
 notebooks: $(stamp)  ## Execute the notebooks and save their outputs (NB=nbs/02_maths for some, FLAGS=slow for slow cells)
 	$(in_venv) python nbs/_dev/run_notebooks.py --flags '$(FLAGS)' $(NB)
 
-weights: $(stamp)  ## Train the weights in data/ anew (some four hours on a CPU; after a stop it goes on where it was)
-	$(in_venv) python -c "from diffusion_sharpening.worlds.recipe import pretrain; pretrain('runs/weights', 'data')"
+weights: $(stamp)  ## Train the weights in data/ anew (some six hours on a CPU; after a stop it goes on where it was)
+	$(in_venv) python -c "from diffusion_sharpening.worlds.shapes.recipe import remake; remake('runs/weights', 'data')"
 
 constraints: $(stamp)  ## Bring constraints.txt to the newest versions that settings.ini allows
 	$(in_venv) uv pip compile -q --upgrade --universal --python-version 3.10 --extra dev --no-annotate \

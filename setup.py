@@ -2,6 +2,7 @@
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=['='])
@@ -9,6 +10,14 @@ config.read(here/'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 readme = here/'README.md'
 statuses = ['', '1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable']
+
+class Build(build_py):
+    "The modules, and the embedded weights of `data` in a folder of the package, where `worlds.world` looks for them"
+    def run(self):
+        super().run()
+        if self.editable_mode: return
+        for folder in sorted((here/'data').glob('shapes-*')):
+            self.copy_tree(str(folder), f"{self.build_lib}/{cfg['lib_path']}/weights/{folder.name}")
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], license=cfg['license_spdx'], license_files=['LICENSE'],
@@ -19,7 +28,7 @@ setup(
                  f"Development Status :: {statuses[int(cfg['status'])]}",
                  f"Intended Audience :: {cfg['audience']}"],
     python_requires='>='+cfg['min_python'],
-    packages=find_packages(include=[f"{cfg['lib_path']}*"]), zip_safe=False,
+    packages=find_packages(include=[f"{cfg['lib_path']}*"]), zip_safe=False, cmdclass=dict(build_py=Build),
     install_requires=cfg['requirements'].split(),
     extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'mllm', 'data')},
     entry_points={'console_scripts': cfg['console_scripts'].split(),

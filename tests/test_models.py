@@ -6,7 +6,10 @@ from safetensors.torch import load_file, save_file
 
 diffusers = pytest.importorskip('diffusers')
 from diffusion_sharpening.models.lora import lora_file
+from diffusion_sharpening.maths.schedules import VP, Flow
 from diffusion_sharpening.models.denoiser import Denoiser
+from diffusion_sharpening.models.protocol import check_model
+from diffusion_sharpening.models.toy import Gaussian, Toy, TwoModes
 from diffusion_sharpening.models.tiny import make_tokenizer, tiny_sd, tiny_sdxl, tiny_vae
 from diffusion_sharpening.basics.seeds import START, noise
 from diffusion_sharpening.maths.rollout import rollout
@@ -45,13 +48,45 @@ def batch(d, n=()):
 
 
 def stock(d, start, S=6, guidance=4., lora=None):
-    "Pictures of diffusers' own pipeline, with its DDIM scheduler, from the same start"
+    "Pictures of diffusers' own pipeline, with the scheduler it ships, from the same start"
     pipe = diffusers.DiffusionPipeline.from_pretrained(d.pipe.config._name_or_path)
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     if lora: pipe.load_lora_weights(lora)
     return pipe(PROMPTS, latents=start.clone(), num_inference_steps=S, guidance_scale=guidance, height=64, width=64,
                 output_type='pt').images
+
+
+# The contract
+
+@pytest.mark.parametrize('make', [tiny_sdxl, tiny_sd])
+@pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction', 'sample'])
+@pytest.mark.parametrize('learning', [lambda d: d, lambda d: d.add_lora(rank=2),
+                                      lambda d: d.add_full(keep_base=True)])
+def test_a_denoiser_is_a_model(tmp_path, make, prediction, learning):
+    make(tmp_path, words=WORDS, prediction=prediction)
+    for guidance in (1., 3.):
+        d = learning(Denoiser.from_pretrained(tmp_path, guidance, device='cpu'))
+        check_model(d, PROMPTS, torch.rand(2, 3, 64, 64))
+
+
+@pytest.mark.parametrize('kind', [TwoModes, Gaussian])
+@pytest.mark.parametrize('item', [(1,), (3, 2), (4, 8, 8)])
+@pytest.mark.parametrize('schedule', [VP.scaled_linear(), Flow()])
+def test_a_toy_is_a_model(kind, item, schedule):
+    check_model(kind(schedule=schedule, item=item), PROMPTS, torch.randn(2, *item), 0.)
+
+
+BREAKS = dict(
+    dtype=('float32', lambda d, x, t, c: tuple(o.double() for o in Toy.predict(d, x, t, c))),
+    mixed=('do not make up x_t', lambda d, x, t, c: Toy.predict(d, x, t, c)[::-1]),
+    company=('together and alone', lambda d, x, t, c: Toy.predict(d, x, t, c) if x.ndim < 3 else
+             tuple(o.roll(1, 0) for o in Toy.predict(d, x, t, c))))
+
+
+@pytest.mark.parametrize('message, predict', BREAKS.values(), ids=BREAKS)
+def test_a_model_that_breaks_the_contract_is_found(message, predict):
+    d = type('Odd', (TwoModes,), dict(predict=lambda self, x, t, c=None: predict(self, x, t, c)))()
+    with pytest.raises(AssertionError, match=message): check_model(d, PROMPTS)
 
 
 # Sampling
@@ -61,7 +96,7 @@ def stock(d, start, S=6, guidance=4., lora=None):
 def test_sample_equals_pipeline(models, layout, guidance):
     d, seeds = load(models, layout, guidance=guidance), torch.tensor([3, 4])
     torch.testing.assert_close(d.sample(PROMPTS, seeds, S=6), stock(d, noise(seeds, START, d.item), 6, guidance),
-                               atol=1e-3, rtol=0)
+                               atol=1e-4, rtol=0)
 
 
 def test_parts_equal_whole(models):
@@ -182,7 +217,7 @@ def test_cast_is_loading_in_that_precision(models):
     cast, loaded = load(models, vae=models/'taesd').cast('bfloat16'), load(models, dtype='bfloat16')
     with torch.no_grad(): assert torch.equal(cast.output(x_t, t, cast.encode(PROMPTS)), loaded.output(x_t, t, loaded.encode(PROMPTS)))
     assert {cast.pipe.vae.dtype, cast.score_vae.dtype} == {torch.bfloat16}
-    full = load(models).cast('float16'); assert full.pipe.vae.dtype == torch.float32                 # force_upcast
+    full = load(models).cast('float16'); assert full.autoencoder.dtype == torch.float32     # force_upcast
     with pytest.raises(ValueError, match='before add_lora'): loaded.add_lora(rank=2).cast('float32')
 
 

@@ -1,9 +1,14 @@
 "Every world keeps its promises, and the exam of Shapes its bounds"
-import time
+import random, time
 import pytest, torch
 from diffusion_sharpening.worlds.shapes import bounds
-from diffusion_sharpening.worlds.shapes.draw import HELD_OUT, dataset, held_out, picture, prompts
+from diffusion_sharpening.worlds.shapes.draw import dataset, held_out, picture, prompts
+from diffusion_sharpening.worlds.shapes.choices import shapes_choices
+from diffusion_sharpening.worlds.shapes.clip import near_miss
 from diffusion_sharpening.worlds.shapes.exam import Checker, bleed
+from diffusion_sharpening.worlds.shapes.flaws import missed
+from diffusion_sharpening.worlds.shapes.grader import questions
+from diffusion_sharpening.worlds.shapes.ratings import rated_shapes
 from diffusion_sharpening.worlds.world import (
     WORLDS, check_world, model_path, weight_folders, weights, world_of)
 
@@ -57,3 +62,22 @@ def test_a_flaw_counts_once():
     "Three in ten pixels of a wrong hue: the circle is there, it is one, and its colour is not the stated one"
     assert abs(bounds.two_inks(.3)[0] - 2/3) < .02
     assert bounds.two_inks(.5, mixed=True)[1] < .15 # Half way between opposite hues lies near a third one
+
+def test_held_out_captions_are_distinct_and_the_first_ones_stay():
+    texts = prompts(960, 'heldout', 1)
+    assert len(set(texts)) == 960 and all(map(held_out, texts))
+    assert prompts(240, 'heldout', 1) == texts[:240] and prompts(960, 'heldout', 2) != texts
+
+def trained_on(n=300):
+    "Captions that the trainings of the base and of every judge see, by what makes them"
+    rng, texts = random.Random(0), prompts(n)
+    yield 'pairs of the base', dataset(60, 0)[1]
+    yield 'near misses of the CLIP', [near_miss(t, rng) for t in texts]
+    yield 'flaws of the CLIP', [missed(t, rng) for t in texts]
+    yield 'questions of the grader', [q for t in texts for q in questions(t, texts, rng)]
+    yield 'choices', [text for text, *_ in shapes_choices(60)[0]]
+    yield 'ratings', rated_shapes(60)[2]
+    yield 'training prompts', texts
+
+@pytest.mark.parametrize('name, texts', list(trained_on()), ids=lambda o: o if isinstance(o, str) else '')
+def test_no_training_sees_a_held_out_caption(name, texts): assert [t for t in texts if held_out(t)] == []

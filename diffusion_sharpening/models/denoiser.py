@@ -10,9 +10,8 @@ import copy, math, torch, warnings
 from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor
-from ..maths.schedules import Flow, from_diffusers, to_x0_eps
+from ..maths.schedules import to_x0_eps
 from ..basics.words import one_of
-from ..maths.samplers import flow_grid, time_grid
 from ..basics.seeds import START, noise
 from ..maths.rollout import rollout
 from .vae import decoded, encoded, keep_in_range
@@ -22,6 +21,8 @@ from .loading import dtype_of, load_pipeline, load_vae
 from .protocol import denoising_loss
 from .learner import Learner
 from .policies import Policies
+from .schedulers import (
+    few_steps_line, is_flow, path_of, scheduler_line, times_of)
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #296d813c
 class Denoiser(Learner):
@@ -40,8 +41,11 @@ class Denoiser(Learner):
         keep_in_range(pipe.vae)
         self.policies = Policies(getattr(pipe, self.family.network))
         self.dtype, self.device, self.score_vae = self.policies.net.dtype, pipe.device, score_vae
-        self.schedule = from_diffusers(pipe.scheduler)
-        self.kind = 'flow' if isinstance(self.schedule, Flow) else pipe.scheduler.config.prediction_type
+        self.schedule, flow, cfg = path_of(pipe.scheduler), is_flow(pipe.scheduler), pipe.scheduler.config
+        self.kind = 'flow' if flow else cfg.prediction_type
+        self.ticks = cfg.num_train_timesteps if flow else 1  # what the network calls the time 1
+        for line in (scheduler_line(pipe), few_steps_line(pipe)):
+            if line: warnings.warn(line, stacklevel=2)
         self.cache, self.memo, self.cut_said = Features(), None, False
         self._resize(size)
 
@@ -164,8 +168,8 @@ def say_cut(self:Denoiser,
     if long := self.cut(prompts):
         self.cut_said = True
         limit = self.pipe.tokenizer.model_max_length
-        warnings.warn(f'prompts: {len(long)} of {len(prompts)} are longer than the {limit} tokens that the text '
-                      f'encoder reads; the end of them is not seen. The first: {long[0]!r:.80}', stacklevel=3)
+        warnings.warn(f'prompts: {len(long)} of {len(prompts)} are longer than the {limit} tokens that the '
+                      f'text encoder reads, and cut there. The first: {long[0]!r:.80}', stacklevel=3)
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #b19eaffc
 @patch(as_prop=True)
@@ -223,7 +227,7 @@ def output(self:Denoiser,
     "What the network predicts, of the kind `self.kind`, with guidance"
     self._check(x_t, cond)
     x = x_t.float().flatten(0, -4)
-    times = torch.as_tensor(t, device=x.device).expand(x_t.shape[:-3]).flatten()
+    times = self.ticks*torch.as_tensor(t, device=x.device).expand(x_t.shape[:-3]).flatten()
     inputs = self._inputs(cond, len(x))
     if self.cost == 2: x, times = x.repeat(2, 1, 1, 1), times.repeat(2)
     out = self._ask(self.policies, x, times, inputs)
@@ -304,7 +308,8 @@ def save_pipeline(self:Denoiser,
     "Save a fully fine-tuned model as a diffusers pipeline"
     if self.text_encoders[0] is None:
         raise ValueError('save_pipeline: the text encoders were freed; they are part of a pipeline')
-    if self.policies.named and not self.full or self.policies.carried: raise ValueError('save_pipeline: there are adapters; use save_lora')
+    if self.policies.carried or self.named and not self.full:
+        raise ValueError('save_pipeline: there are adapters; use save_lora')
     self.pipe.save_pretrained(dir)
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #3e6a3815
@@ -348,10 +353,7 @@ def grid(self:Denoiser,
     S:int # Sampler steps
 ) -> Tensor: # `(S+1,)`, from noise to the clean end
     "The times of an `S`-step sampler, spaced as the model's scheduler config says"
-    if isinstance(self.schedule, Flow): return flow_grid(S)
-    cfg = self.pipe.scheduler.config
-    spacing, offset = cfg.get('timestep_spacing', 'leading'), cfg.get('steps_offset', 0)
-    return time_grid(S, self.schedule.T, spacing, offset)
+    return times_of(self.pipe.scheduler, S)
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #9bd76a41
 @patch

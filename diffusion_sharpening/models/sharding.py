@@ -106,5 +106,4 @@ def gather(
 
 def _forget(m): # What `fully_shard` added to a module: its class, and calls before and after
     m.__class__ = type(m).__mro__[2]
-    for hooks in (m._forward_pre_hooks, m._forward_hooks, m._state_dict_pre_hooks, m._load_state_dict_pre_hooks):
-        hooks.clear()
+    for hooks in ('forward_pre', 'forward', 'state_dict_pre', 'load_state_dict_pre'): getattr(m, f'_{hooks}_hooks').clear()

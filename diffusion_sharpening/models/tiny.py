@@ -172,6 +172,7 @@ def tiny_sdxl(
     size_dim:int=8, # Width of the embedding of each size and crop number
     prediction:str='epsilon', # What the U-Net predicts: `epsilon`, `v_prediction` or `sample`
     zeros_for_empty:bool=True, # Unconditional embedding is zeros (SDXL base); else that of the empty prompt
+    scheduler:str='DDIMScheduler', # diffusers class of it; the published ones ship others
     seed:int=0, # Seed of the random weights
 ): # `StableDiffusionXLPipeline`, saved in `dir`
     "A `StableDiffusionXLPipeline` of any size with random weights"
@@ -187,7 +188,7 @@ def tiny_sdxl(
             text_encoder=encs[0], text_encoder_2=encs[1], tokenizer=toks[0], tokenizer_2=toks[1],
             unet=make_unet(sum(text), text[1], channels, layers, attn, head_dim, depth, latent_channels,
                            sample_size, size_dim),
-            scheduler=_scheduler('EulerDiscreteScheduler', prediction),
+            scheduler=_scheduler(scheduler, prediction),
             force_zeros_for_empty_prompt=zeros_for_empty, add_watermarker=False)
         pipe.save_pretrained(dir)
     return pipe
@@ -207,6 +208,7 @@ def tiny_sd(
     latent_channels:int=4, # Channels of the latents
     sample_size:int=8, # Side of the latents
     prediction:str='epsilon', # What the U-Net predicts: `epsilon`, `v_prediction` or `sample`
+    scheduler:str='DDIMScheduler', # diffusers class of it; the published ones ship others
     seed:int=0, # Seed of the random weights
 ): # `StableDiffusionPipeline`, saved in `dir`
     "A `StableDiffusionPipeline` (SD 1.x layout) of any size with random weights"
@@ -218,7 +220,7 @@ def tiny_sd(
             vae=make_vae(vae, 1, latent_channels, sample_size * 2**(len(vae)-1), .18215),
             text_encoder=make_text_encoder(tok, text, text_layers), tokenizer=tok,
             unet=make_unet(text, 0, channels, layers, attn, head_dim, 1, latent_channels, sample_size),
-            scheduler=_scheduler('PNDMScheduler', prediction),
+            scheduler=_scheduler(scheduler, prediction),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False)
         pipe.save_pretrained(dir)
     return pipe

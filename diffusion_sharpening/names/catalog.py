@@ -122,8 +122,9 @@ def usable(name:str # A name in `USES`
     if weights_here(name) and (e.hub or e.exam): return True, ''
     if not e.hub: return True, f'as {own}, or with what it needs' if own else 'with what it needs'
     if hub_in_reach(): return True, f"downloads {e.hub[0].split()[0]} at first use"
-    get = f'its weights are not here; where there is a network run: hf download {e.hub[0]}'
-    return bool(own), f'as {own}; otherwise {get}' if own else f'{get}, or name them: {name}@PATH'
+    what = e.hub[0].removesuffix(' config.json')
+    get = f'weights not here; where there is a network run: hf download {what}'
+    return bool(own), f'as {own}; other {get}' if own else f'{get}, or name them: {name}@PATH'
 
 # %% ../../nbs/06_names/02_catalog.ipynb #ab95447f
 def weights_of(name:str, # A name in `USES`

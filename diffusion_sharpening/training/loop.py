@@ -14,7 +14,7 @@ from ..basics.files import finite
 from ..basics.seeds import START, noise
 from ..basics.stages import stage
 from ..maths.rollout import Meter
-from ..models.sharding import gather, shard, whole
+from ..models.sharding import whole
 from ..rewards.protocol import NonFinite
 from .processes import Team, accelerator
 from .run import Run
@@ -107,11 +107,11 @@ def prepare(model, run:Run, method):
     if run.rank: model.add_lora(run.rank, targets=layers, seed=run.seed)
     else:
         model.add_full()
-        if many: shard(model.policies)                     # before any copy is made
+        if many: model.shard()                     # before any copy is made
         model.copy_adapter('policy', 'base')
     method.start(model)
     if run.ema: model.copy_adapter('policy', 'ema')
-    if run.rank and many: shard(model.policies)
+    if run.rank and many: model.shard()
     if run.compile: model.compile(run.compile)
 
 # %% ../../nbs/12_training/02_loop.ipynb #ea627b0e
@@ -153,7 +153,7 @@ def collect(s:State, batch): # `Lesson`, or None where some process has none
     except NonFinite as e:
         lesson = None
         print(f'batch {s.k+1} skipped: {e}')
-    if s.model.sharded: s.model.policies.forward.wait()
+    s.model.wait()
     s.nfe += meter.nfe*s.world
     if s.team.all(lesson is not None):
         lesson.log['nfe'] = meter.nfe*s.world
@@ -247,4 +247,4 @@ def settle(s:State):
         last = '; '.join(s.prompts[:4])
         raise TrainingError(f'{s.bad} updates in a row were not finite; the last prompts: {last}')
     if s.run.ema: s.model.copy_adapter('ema', 'policy')
-    if s.model.sharded: gather(s.model.policies)
+    if s.model.sharded: s.model.gather()

@@ -13,7 +13,7 @@ from diffusion_sharpening.maths.rollout import rollout
 from diffusion_sharpening.worlds.exam import all_hold
 from diffusion_sharpening.worlds.shapes.exam import by_category, check
 from diffusion_sharpening.worlds.shapes.clip import near_miss
-from diffusion_sharpening.worlds.shapes.draw import CATEGORIES, picture, prompts
+from diffusion_sharpening.worlds.shapes.draw import CATEGORIES, category, picture, prompts
 
 root = Path(__file__).resolve().parents[2]
 
@@ -45,7 +45,8 @@ def measure(n, S):
     texts = prompts(n, 'heldout', seed=1); ims = torch.stack([picture(t, i, 'heldout') for i, t in enumerate(texts)])
     model, checker = load_model('shapes'), load_reward('checker', train=False)
     recon = model.show(model.latents(ims))
-    other = [texts[(i+6*17) % n] for i in range(n)]
+    mine = {c: [t for t in texts if category(t) == c] for c in CATEGORIES}
+    other = [mine[category(t)][mine[category(t)].index(t) - 1] for t in texts]    # of the same category
     base = evaluate(model, texts, dict(checker=checker), S)
     eight = best_of(model, texts[:60], checker, 8, S)
     strong = evaluate(model.with_guidance(3.), texts, dict(checker=checker), S)

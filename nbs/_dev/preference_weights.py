@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 "Train `data/shapes-preference` and fit `data/shapes-aesthetic`, both on the towers of `data/shapes-clip`; started again after a stop, it goes on"
-import argparse, json, time
+import argparse, time
 from pathlib import Path
 import torch
 from diffusion_sharpening.rewards.aesthetic import fit_aesthetic
@@ -11,23 +11,9 @@ from diffusion_sharpening.rewards.clip import CLIPScore, find_clip
 from diffusion_sharpening.rewards.preference import fit_preference, pair_accuracy
 from diffusion_sharpening.worlds.shapes.choices import shapes_choices
 from diffusion_sharpening.worlds.shapes.exam import by_category, check
-from diffusion_sharpening.worlds.shapes.clip import reconstruct
+from diffusion_sharpening.worlds.shapes.recipe import drawn_choices
 from diffusion_sharpening.worlds.world import weights
 from results import write
-from diffusion_sharpening.models.fit import kept
-
-def choices(n, work, vae):
-    "Training pairs, drawn once; both pictures of every fourth pair have been through the autoencoder"
-    words = work/f'pairs-{n}.json'
-    def draw():
-        pairs, p = shapes_choices(n)
-        texts, *sides = zip(*pairs)
-        sides = [torch.stack(s) for s in sides]
-        for s in sides: s[::4] = reconstruct(vae, s[::4])
-        words.write_text(json.dumps(texts))
-        return dict(better=sides[0], worse=sides[1], p=p)
-    o = kept(words.with_suffix('.safetensors'), draw)
-    return list(zip(json.loads(words.read_text()), o['better'], o['worse']))
 
 def with_checker(reward, pairs):
     "Rank correlation with the checker over both pictures of pairs, overall and by category"
@@ -51,7 +37,7 @@ def main():
     work, out, start = Path(args.work), Path(args.out), time.time()
     work.mkdir(parents=True, exist_ok=True)
     vae = AutoencoderKL.from_pretrained(weights('shapes-sdxl')/'vae').eval()
-    pairs = choices(args.pairs, work, vae)
+    pairs = drawn_choices(args.pairs, work, vae)
     drawn = time.time()
     small = CLIPScore(weights('shapes-clip')); clip = digest(find_clip(weights('shapes-clip'))[2])
     state = work/f'state-{clip[:8]}-{args.pairs}-{args.steps}'        # a CLIP trained again starts a new run

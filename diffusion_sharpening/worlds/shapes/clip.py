@@ -16,7 +16,7 @@ from .base import to_unit
 from .draw import (
     COLOURS, NON_SPATIAL, SHAPES, SIZES, SPATIAL, TEXTURES, Spec, held_out, parse)
 
-# %% ../../../nbs/05_worlds/shapes/04_clip.ipynb #371aae36
+# %% ../../../nbs/05_worlds/shapes/04_clip.ipynb #41e4def9
 _VALUES = dict(shape=SHAPES, colour=list(COLOURS), texture=TEXTURES, size=list(SIZES))
 _OPPOSITE = {'to the left of': 'to the right of', 'above': 'below',
              'bigger than': 'smaller than', 'inside': 'touching'}
@@ -44,11 +44,11 @@ def _miss(spec, rng):
 def near_miss(text:str, # A caption
               rng:random.Random # Source of chance
              )->str: # A caption that differs in one point, and is false where the first is true
-    "A hard negative of a caption, from the same split if twenty attempts find one"
+    "A hard negative of a caption: of a training caption always one of the training split"
     spec, own = parse(text), held_out(text)
-    for _ in range(20):
-        if held_out(out := _miss(spec, rng)) == own: break
-    return out
+    for k in range(400):
+        if held_out(out := _miss(spec, rng)) == own or own and k >= 19: return out
+    raise ValueError(f'near miss: found none of {text!r} in the training split')
 
 # %% ../../../nbs/05_worlds/shapes/04_clip.ipynb #09ef6faa
 CONFIG = dict(

@@ -126,7 +126,7 @@ def _draw_complex(rng, cols):
     if rel == 'inside': things[1] = replace(things[1], shape=rng.choice(['circle', 'square']))
     return Spec(tuple(things), rel)
 
-# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #5132f327
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #ab85ac87
 def caption(rng:random.Random, # Source of chance
             cat:str, # One of `CATEGORIES`
             split:str='train' # `train` or `heldout`
@@ -140,13 +140,26 @@ def caption(rng:random.Random, # Source of chance
         text = str(_draw_spec(rng, cat))
         if category(text) == cat and held_out(text) == (split == 'heldout'): return text
 
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #a6da02bf
+def _distinct(n, rng, tries=100): # Held-out captions, the categories in turn until they give nothing new
+    out, open = {}, list(CATEGORIES)
+    while open and len(out) < n:
+        for cat in list(open):
+            new = next((t for _ in range(tries) if (t := caption(rng, cat, 'heldout')) not in out), None)
+            if new is None: open.remove(cat)
+            else: out[new] = cat
+    if len(out) < n: raise ValueError(f'prompts: expected at most {len(out)} held-out captions, found n={n}')
+    return list(out)[:n]
+
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #52dc5c99
 def prompts(n:int, # How many
             split:str='train', # `train` or `heldout`
             seed:int=0 # Same seed, same prompts
            )->list: # Captions, the six categories in turn
-    "A prompt set balanced over the six categories"
+    "A prompt set balanced over the six categories; held-out ones are distinct"
     if n < 1: raise ValueError(f'expected at least one prompt, found n={n}')
     rng = random.Random(f'{split}-{seed}')
+    if split == 'heldout': return _distinct(n, rng)
     return [caption(rng, CATEGORIES[i % 6], split) for i in range(n)]
 
 # %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #2d1f0571

@@ -122,13 +122,14 @@ def also_true(text:str, # A caption
         out = Spec((*out.things[:i], o, *out.things[i+1:]), out.relation)
     return str(out)
 
-# %% ../../../nbs/05_worlds/shapes/06_grader.ipynb #dbbacc22
+# %% ../../../nbs/05_worlds/shapes/06_grader.ipynb #b30a5dcd
 def questions(text:str, # The caption a picture was drawn for
               others:list, # Captions of other pictures
               rng:random.Random # Source of chance
              )->list: # Four captions
     "Captions to grade one picture against"
     true = also_true(text, rng)
+    if held_out(true) and not held_out(text): true = text
     return [true, near_miss(true, rng), *rng.sample(others, 2)]
 
 # %% ../../../nbs/05_worlds/shapes/06_grader.ipynb #ce8544bf
