@@ -16,7 +16,7 @@ from .folder import begin, go_on
 from .loop import Callback
 
 # %% ../../nbs/12_training/09_resume.ipynb #df0474b3
-FREE = ('steps', 'seconds', 'checkpoint_every', 'keep', 'patience', 'shard')  # May differ when a run goes on
+FREE = ('steps', 'seconds', 'checkpoint_every', 'keep', 'patience', 'shard', 'micro') # These may differ
 
 def identity(s, # `State` of the loop
              about:dict # What the loop does not know: model, reward, …
