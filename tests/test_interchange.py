@@ -13,7 +13,8 @@ from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
 from diffusion_sharpening.commands import interchange
 from diffusion_sharpening.models.counting import anatomy
 from diffusion_sharpening.commands.interchange import (
-    check_decode, decode_problem, export, from_kohya, kohya_name, model_card, push, to_kohya)
+    check_decode, decode_problem, export, from_kohya, kohya_name, push, to_kohya)
+from diffusion_sharpening.commands.card import model_card
 from diffusion_sharpening.training.loop import ATTENTION, LINEAR
 from diffusion_sharpening.worlds.world import model_path
 

@@ -1,5 +1,6 @@
 "The models room on real pipelines of small size: dtypes, policies, files and errors"
-import copy, time
+import copy, re, time
+from pathlib import Path
 
 import pytest, torch
 from safetensors.torch import load_file, save_file
@@ -7,12 +8,14 @@ from safetensors.torch import load_file, save_file
 diffusers = pytest.importorskip('diffusers')
 from diffusion_sharpening.models.lora import lora_file
 from diffusion_sharpening.maths.schedules import VP, Flow
+from diffusion_sharpening.models import denoiser
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.protocol import check_model
 from diffusion_sharpening.models.toy import Gaussian, Toy, TwoModes
 from diffusion_sharpening.models.tiny import make_tokenizer, tiny_sd, tiny_sdxl, tiny_vae
 from diffusion_sharpening.basics.seeds import START, noise
 from diffusion_sharpening.maths.rollout import rollout
+from diffusion_sharpening.training.plan import StandIn
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
@@ -74,6 +77,10 @@ def test_a_denoiser_is_a_model(tmp_path, make, prediction, learning):
 @pytest.mark.parametrize('schedule', [VP.scaled_linear(), Flow()])
 def test_a_toy_is_a_model(kind, item, schedule):
     check_model(kind(schedule=schedule, item=item), PROMPTS, torch.randn(2, *item), 0.)
+
+
+def test_the_stand_in_that_counts_is_a_model():
+    for guidance in (1., 3.): check_model(StandIn(guidance), PROMPTS)
 
 
 BREAKS = dict(
@@ -215,7 +222,8 @@ def test_half_precision_is_close_to_full(models):
 def test_cast_is_loading_in_that_precision(models):
     x_t, t, c = batch(load(models))
     cast, loaded = load(models, vae=models/'taesd').cast('bfloat16'), load(models, dtype='bfloat16')
-    with torch.no_grad(): assert torch.equal(cast.output(x_t, t, cast.encode(PROMPTS)), loaded.output(x_t, t, loaded.encode(PROMPTS)))
+    with torch.no_grad(): a, b = (m.output(x_t, t, m.encode(PROMPTS)) for m in (cast, loaded))
+    assert torch.equal(a, b)
     assert {cast.pipe.vae.dtype, cast.score_vae.dtype} == {torch.bfloat16}
     full = load(models).cast('float16'); assert full.autoencoder.dtype == torch.float32     # force_upcast
     with pytest.raises(ValueError, match='before add_lora'): loaded.add_lora(rank=2).cast('float32')
@@ -224,7 +232,8 @@ def test_cast_is_loading_in_that_precision(models):
 @pytest.mark.parametrize('backend', ['eager', pytest.param('inductor', marks=pytest.mark.slow)])
 def test_compiled_equals_plain(models, backend):
     "Policy, reference and an added copy, with and without gradients"
-    plain, fast = jolt(load(models, guidance=1.).add_lora(rank=2)), jolt(load(models, guidance=1.).add_lora(rank=2)).compile(backend)
+    plain, fast = (jolt(load(models, guidance=1.).add_lora(rank=2)) for _ in range(2))
+    fast.compile(backend)
     x_t, t, c = batch(plain)
     for d in (plain, fast): d.copy_adapter('policy', 'old'); jolt(d, 'old')
     def outs(d):
@@ -309,7 +318,8 @@ def test_old_policy_follows(models, full):
     before = {k: p.clone() for k, p in d.policies.named['old'].items()}
     d.blend_adapter('policy', 'old', .25)
     for k, p in d.policies.named['old'].items():
-        torch.testing.assert_close(p, .75*before[k] + .25*d.policies.named['policy'][k].detach(), atol=1e-6, rtol=1e-5)
+        want = .75*before[k] + .25*d.named['policy'][k].detach()
+        torch.testing.assert_close(p, want, atol=1e-6, rtol=1e-5)
     d.copy_adapter('old', 'policy')
     assert torch.equal(out('old'), out('policy'))
 
@@ -450,3 +460,18 @@ def test_tokenizer_round_trip(tmp_path):
     assert [len(tok(w).input_ids) for w in words] == [3]*len(words)        # two marks and one token
     assert all(len(set(tok(w).input_ids)) == 3 for w in words)
     assert tok.decode(tok('red greenish').input_ids, skip_special_tokens=True) == 'red greenish'
+
+
+# Who may look inside
+
+INSIDE = re.compile(r'\b(?:model|d|view)\.(?:pipe|policies|_[a-z]\w*)\b')
+LEFT = {'training/plan.py', 'training/resume.py', 'commands/interchange.py', 'commands/load.py',
+        'commands/train.py'}
+
+
+def test_nobody_outside_the_room_looks_inside_a_model():
+    "`LEFT` names the modules that still do; it may only shrink"
+    lib = Path(denoiser.__file__).parents[1]
+    found = {p.relative_to(lib).as_posix() for p in lib.rglob('*.py') if p.name != '_modidx.py'
+             and p.parent.name != 'models' and INSIDE.search(p.read_text(encoding='utf-8'))}
+    assert found <= LEFT

@@ -1,20 +1,23 @@
 "What a plan says against what happens: published counts, a real training counted, and the choices it makes"
 import json
 from collections import Counter
+from dataclasses import fields, replace
 
 import pytest, torch
 
 diffusers = pytest.importorskip('diffusers')
-from diffusion_sharpening.methods.catalog import METHODS, method
-from diffusion_sharpening.methods.sharpening import select_first
+from diffusion_sharpening.data.sources import Pictures, Prompts
+from diffusion_sharpening.evaluation.measure import evaluate
+from diffusion_sharpening.methods.catalog import METHODS, find, presets as presets_of
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
 from diffusion_sharpening.models.counting import KNOWN, anatomy, unet_cost, vae_cost
-from diffusion_sharpening.training.loop import ATTENTION, LINEAR, batch_of
-from diffusion_sharpening.training.run import settings
+from diffusion_sharpening.training.loop import prepare, train
+from diffusion_sharpening.training.run import Run, settings
 from diffusion_sharpening.training.plan import (
-    ROWS, device_here, evaluations, measured, mfu, plan, plan_rows, plan_table)
+    DEVICES, ROWS, Plan, advice, device_here, device_of, evaluations, fitting, measured, mfu, plan, plan_rows,
+    plan_table, units_of)
 from diffusion_sharpening.basics.seeds import START, noise
 
 torch.set_num_threads(1)
@@ -22,7 +25,8 @@ diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 PROMPTS = ['a red circle', 'a blue square']
 small = dict(batch=2, rank=2, n=2, S=4, ema=0.)
-presets = pytest.mark.parametrize('name, preset', [(k, p) for k, m in METHODS.items() for p in m.presets])
+names = [(k, p) for k in ('sft', 'rlhf', *METHODS) for p in presets_of(k)]
+every_preset = pytest.mark.parametrize('name, preset', names)
 
 
 class Bright(Reward):
@@ -41,47 +45,113 @@ def folders(tmp_path_factory):
 def values(rows): return {r['name']: r['value'] for r in rows}
 
 
-def trained(folder, name, preset, **changes):
+def small_for(name, preset, **more):
+    "Small settings, those that the method has"
+    have = {f.name for f in (*fields(Run), *fields(find(name, preset)()))}
+    return {k: v for k, v in (small | dict(m=2) | more).items() if k in have}
+
+
+def metered(d):
+    "Counts every evaluation of the network, with gradient and without, and every decode, wherever it is asked for"
+    seen, forward, decode = Counter(), d.policies.forward, d.autoencoder.decode
+    def network(x, *args, **kw):
+        seen['lesson' if torch.is_grad_enabled() else 'plain'] += len(x)
+        return forward(x, *args, **kw)
+    def pictures(z, *args, **kw):
+        seen['decode'] += len(z)
+        return decode(z, *args, **kw)
+    d.policies.forward, d.autoencoder.decode = network, pictures
+    return seen
+
+
+def counted(folder, name, preset, **changes):
     "One batch of a real training: network evaluations by kind, decodes, TFLOP"
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    run, cfg = settings(name, preset, **changes)
-    d, m, seen = Denoiser.from_pretrained(folder, guidance=1., device='cpu'), method(name), Counter()
-    d.add_lora(run.rank, targets=ATTENTION if run.layers == 'attention' else LINEAR)
-    m.setup(cfg, d)
-    forward, decode = d.policies.forward, d.pipe.vae.decode
-    def network(x, *a, **k): seen['lesson' if torch.is_grad_enabled() else 'plain'] += len(x); return forward(x, *a, **k)
-    def pictures(z, *a, **k): seen['decode'] += len(z); return decode(z, *a, **k)
-    d.policies.forward, d.pipe.vae.decode = network, pictures
-    images = noise(torch.arange(2), START, d.item) if cfg.needs_images else None
-    b = batch_of(d, PROMPTS, run, 0, images)
+    run, method = settings(name, preset, **changes)
+    d = Denoiser.from_pretrained(folder, guidance=1., device='cpu')
+    prepare(d, run, method)
+    if method.needs_images: source = Pictures(d, PROMPTS, noise(torch.arange(2), START, d.item), 2, run.seed)
+    else: source = Prompts(d, PROMPTS, 2, run.seed)
+    batch, seen = source.batch(0), metered(d)
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
-        lesson = m.collect(cfg, d, Bright(), b)
-        for u in range(getattr(cfg, 'updates', 1)): m.loss(cfg, d, lesson, u)[0].backward()
+        with torch.no_grad(): lesson = method.collect(d, Bright(), batch)
+        for u in range(method.updates): method.loss(d, Bright(), lesson, u)[0].mean().backward()
     return seen, flops.get_total_flops()/1e12
 
 
-@presets
+@every_preset
 def test_evaluations_are_those_of_a_training(folders, name, preset):
-    changes = small | dict(m=2) if preset != 'plain' else small | dict(n=1, m=1)
-    seen, _ = trained(folders/'xl', name, preset, **changes)
-    ask = evaluations(name, *settings(name, preset, **changes), batches=1)
+    "Every method, on a real model: what is planned is what is counted, exactly"
+    changes = small_for(name, preset)
+    seen, _ = counted(folders/'xl', name, preset, **changes)
+    ask = evaluations(*settings(name, preset, **changes), batches=1)
     assert ask['lesson'] == seen['lesson']
-    assert ask['rollout'] + ask['reference'] == seen['plain']
+    assert ask['rollout'] + ask['old'] + ask['reference'] == seen['plain']
     assert ask['decode'] == seen['decode']
 
 
 @pytest.mark.parametrize('layout', ['xl', 'sd'])
-@pytest.mark.parametrize('name, preset, more', [('sft', 'paper', {}), ('rlhf', 'contrast', {}), ('rlhf', 'paper', {}), ('rlhf', 'paper', dict(select='select'))])
-def test_flops_are_those_of_a_training(folders, layout, name, preset, more):
-    changes = small | dict(m=2, layers='attention', guidance=1., early=0., late=.5) | more
-    _, tflop = trained(folders/layout, name, preset, **changes)
+@pytest.mark.parametrize('name, preset', [('sft', 'paper'), ('rlhf', 'contrast'), ('rlhf', 'paper'), ('sft', 'sample')])
+def test_flops_are_those_of_a_training(folders, layout, name, preset):
+    "LoRA of rollouts and lessons is in them, and not in those of the reference"
+    changes = small_for(name, preset, layers='linear', rank=8, guidance=1., early=0., late=.5)
+    _, tflop = counted(folders/layout, name, preset, **changes)
     planned = values(plan(str(folders/layout), name, preset, **changes))
-    assert planned['tflop'] == pytest.approx(tflop, rel=.02)
+    assert planned['tflop'] == pytest.approx(tflop, rel=.01)
+    assert planned['F'] > units_of(str(folders/layout), None, Run(rank=8))[0]['reference'].tflop
+
+
+def test_the_evaluation_is_priced(folders):
+    d = Denoiser.from_pretrained(folders/'xl', guidance=3., device='cpu')
+    e = evaluate(d, PROMPTS, dict(bright=Bright()), S=3)
+    rows = values(plan(str(folders/'xl'), 'rlhf', heldout=2, S_eval=3))
+    assert rows['evaluation'] == 2*e.nfe*len(PROMPTS)
+    free = values(plan(str(folders/'xl'), 'rlhf'))
+    assert free['evaluation'] == free['evaluation_tflop'] == 0 and free['hours'] < rows['hours']
+
+
+def test_an_update_is_made_in_chunks_that_fit(folders):
+    "A device that holds only some of an update gets a chunk, and the training uses it"
+    run, method = settings('rlhf', 'contrast', **small_for('rlhf', 'contrast', batch=2, n=4))
+    units, sizes = units_of(str(folders/'xl'), None, run)
+    args = 'x', run, method, units, sizes
+    big = values(plan_rows(*args, device_of('cpu')))
+    assert big['micro'] == 0 and big['fits']
+    lean = big['memory_weights'] + big['memory_learning'] + 3*units['lesson'].peak
+    little = values(plan_rows(*args, replace(device_of('cpu'), memory=1.21*lean)))
+    assert 0 < little['micro'] < big['lesson'] and little['memory_graph'] < big['memory_graph']
+    chosen = values(plan_rows('x', replace(run, micro=1), *args[2:], device_of('cpu')))
+    assert chosen['micro'] == 1
+
+
+def test_training_takes_the_chunk_of_the_plan(folders, monkeypatch):
+    from diffusion_sharpening.training import plan as module
+    monkeypatch.setattr(module, 'chunk_that_fits', lambda *a: 1)
+    d = Denoiser.from_pretrained(folders/'xl', guidance=1., device='cpu')
+    run, method = settings('rlhf', 'contrast', **small_for('rlhf', 'contrast', steps=1))
+    s = train(d, method, Bright(), Prompts(d, PROMPTS, 2), run, [Plan('x')])
+    assert s.run.micro == 1 and s.k == 1 and s.skipped == 0
+
+
+def test_advice():
+    "What fits needs none; what does not gets settings that do"
+    assert fitting('sdxl', 'rlhf', 'paper', 'h200', px=512, precision='bfloat16', batch=1) == {}
+    found = fitting('sdxl', 'rlhf', 'paper', '4090', px=512)
+    assert found['precision'] == 'bfloat16'
+    assert values(plan('sdxl', 'rlhf', 'paper', px=512, device='4090', **found))['fits']
+    assert f"batch={found['batch']}" in advice('sdxl', 'rlhf', 'paper', '4090', px=512) if 'batch' in found else True
+    assert advice('sdxl', 'rlhf', 'paper', 'h200', px=512, precision='bfloat16', batch=1) == ''
+
+
+@pytest.mark.parametrize('name', DEVICES)
+def test_every_device_has_a_plan(name):
+    rows = values(plan('shapes', 'sft', device=name))
+    assert rows['fits'] and ('hours' in rows) == (name != 'mps')
 
 
 def test_guidance_doubles_evaluations():
-    one, two = [evaluations('rlhf', *settings('rlhf', 'sde', guidance=g)) for g in (1., 4.)]
+    one, two = [evaluations(*settings('rlhf', 'sde', guidance=g)) for g in (1., 4.)]
     assert all(two[k] == 2*one[k] for k in ('rollout', 'reference', 'lesson')) and one['decode'] == two['decode']
 
 
@@ -141,47 +211,28 @@ def test_decode_in_the_graph_is_what_costs_memory():
 
 @pytest.mark.slow
 def test_algorithm_1_on_sdxl():
-    "n = m = 3, every weight, one prompt: 9 F, 9 decodes, 3 lessons of 2.97 F; and with the graph kept, 9 lessons"
-    def total(select): return values(plan('sdxl', 'sft', 'paper', px=512, device='h200', batch=1, guidance=1., rank=0, late=.8, select=select))['tflop']
-    assert total('select') == pytest.approx(9*1.589 + 9*2.515 + 3*4.714, rel=.02)
-    assert total('keep') == pytest.approx(9*2.515 + 9*4.714, rel=.02)
-    assert total('auto') == total('select')
-
-
-# Choices
-
-@pytest.mark.parametrize('n, p, B, select', [(3, 1, 2.97, True), (3, 1, 1.99, True), (3, 2, 3.97, True), (2, 2, 2.99, False),
-                                             (4, 2, 2.97, True), (5, 2, 1.99, True), (1, 1, 2.97, False)])
-def test_select_first(n, p, B, select): assert select_first(n, p, B) is select
-
-
-def test_selection_is_chosen_and_can_be_chosen():
-    auto = {n: values(plan('shapes', 'rlhf', 'paper', n=n))['selection'] for n in (2, 3, 16)}
-    assert auto == {2: 'keep', 3: 'select', 16: 'select'}
-    two = [values(plan('shapes', 'rlhf', 'paper', n=2, select=s)) for s in ('select', 'keep')]
-    assert two[1]['tflop'] < two[0]['tflop'] and two[1]['memory_graph'] == pytest.approx(two[0]['memory_graph'])   # free speed
-    forced = [values(plan('shapes', 'rlhf', 'paper', n=16, select=s)) for s in ('select', 'keep')]
-    assert [f['selection'] for f in forced] == ['select', 'keep'] and forced[0]['tflop'] < forced[1]['tflop']
-    assert forced[1]['memory_graph'] == pytest.approx(8*forced[0]['memory_graph'])                  # 16 paths, not 2
-    for kw in (dict(preset='contrast'), dict(preset='paper', guidance=4.), dict(preset='released')):       # nothing to keep
-        assert values(plan('shapes', 'rlhf', n=2, **kw))['selection'] == 'select'
-        with pytest.raises(ValueError, match="select 'keep': expected lessons"): plan('shapes', 'rlhf', n=2, select='keep', **kw)
+    "n = m = 3, every weight, one prompt: 9 F, 9 decodes, 3 lessons of 2.97 F"
+    rows = plan('sdxl', 'sft', 'paper', px=512, device='h200', batch=1, guidance=1., rank=0, late=.8)
+    assert values(rows)['tflop'] == pytest.approx(9*1.589 + 9*2.515 + 3*4.714, rel=.02)
 
 
 def test_the_plan_of_a_loaded_model(folders):
     "What `train` prints is counted on the model itself, and says what `plan` says of its folder"
     d = Denoiser.from_pretrained(folders/'xl', guidance=1., device='cpu')
-    d.encode(PROMPTS); d.add_lora(2, targets=LINEAR)
-    run, cfg = settings('rlhf', 'paper', **small)
+    d.encode(PROMPTS)
+    run, method = settings('rlhf', 'paper', **small)
+    prepare(d, run, method)
     units, sizes = measured(d)
-    now = values(plan_rows('', 'rlhf', run, cfg, units, sizes, device_here(d)))
+    now = values(plan_rows('', run, method, units, sizes, device_here(d)))
     then = values(plan(str(folders/'xl'), 'rlhf', 'paper', guidance=1., **small))
-    for k in ('rollout', 'reference', 'lesson', 'forwards', 'decode', 'parameters', 'learning'): assert now[k] == pytest.approx(then[k])
-    for k in ('V', 'tflop', 'memory_weights', 'memory_learning', 'memory_graph'): assert now[k] == pytest.approx(then[k], rel=.15)
-    shared = values(plan_rows('', 'rlhf', run, cfg, units, sizes, device_here(d), world=2))
+    for k in 'rollout reference lesson forwards decode parameters learning'.split():
+        assert now[k] == pytest.approx(then[k])
+    for k in 'V tflop memory_weights memory_learning memory_graph'.split():
+        assert now[k] == pytest.approx(then[k], rel=.15)
+    shared = values(plan_rows('', run, method, units, sizes, device_here(d), world=2))
     assert shared['images_per_second'] == pytest.approx(2*now['images_per_second']) and shared['memory_graph'] == pytest.approx(now['memory_graph']/2)
-    resumed = values(plan_rows('', 'rlhf', run, cfg, units, sizes, device_here(d), seconds=2.))
-    assert resumed['images_per_second'] == run.batch*cfg.n/2
+    resumed = values(plan_rows('', run, method, units, sizes, device_here(d), seconds=2.))
+    assert resumed['images_per_second'] == run.batch*method.n/2
 
 
 def test_measured_time_gives_utilisation():
@@ -199,7 +250,7 @@ def test_memory_grows_with_what_learns():
 
 
 def test_rows_are_documented_and_printable():
-    rows = plan('shapes')
+    rows = plan('shapes', 'rlhf')
     assert [r['name'] for r in rows[1:]] == list(ROWS) and all(r['about'] for r in rows[1:])
     json.dumps(rows, allow_nan=False)
     assert len(plan_table(rows).splitlines()) == len(rows)
@@ -214,9 +265,9 @@ def test_names_and_folders(folders):
 
 
 @pytest.mark.parametrize('kw, message', [
-    (dict(model='sdxl-turbo'), 'expected sdxl, sd15, shapes'), (dict(device='h100'), "Did you mean 'h200'"),
+    (dict(model='sdxl-turbo'), 'expected sdxl, sd15, shapes'), (dict(device='h20'), "Did you mean 'h200'"),
     (dict(px=100), 'multiple of 8'), (dict(px=-8), 'multiple of 8'), (dict(method='ppo'), 'method'),
-    (dict(n=0), 'at least 1'), (dict(seconds=0.), 'positive'), (dict(precision='int8'), 'precision'), (dict(select='never'), 'select'), (dict(colour=1), 'setting of rlhf')])
+    (dict(n=0), 'at least 2'), (dict(seconds=0.), 'positive'), (dict(precision='int8'), 'precision'), (dict(colour=1), 'setting of rlhf')])
 def test_wrong_requests(kw, message):
     with pytest.raises(ValueError, match=message) as e: plan(**dict(model='shapes', method='rlhf') | kw)
     assert '\n' not in str(e.value)

@@ -143,7 +143,7 @@ def test_truncated_and_not_a_checkpoint(folder):
 
 def test_a_pickle_with_code_is_not_run(folder):
     torch.save(random_state(0), folder/'ImageReward.pt')
-    refused(lambda: ImageReward(folder), 'image_reward: ', 'is no whole checkpoint')
+    refused(lambda: ImageReward(folder), 'image_reward: ', 'is a pickle that asks for', 'it was refused')
 
 
 def test_paths(folder, tmp_path):

@@ -28,7 +28,7 @@ def number(x # A number, a text, a truth value, or None
 def _machine(e): # One line on what the machine refused, or None
     text = ' '.join(str(e).split())
     if isinstance(e, MemoryError) or 'out of memory' in text.lower():
-        return f'out of memory; fewer prompts or candidates at once need less ({text[:120] or type(e).__name__})'
+        return f'out of memory; fewer prompts or candidates need less ({text[:120] or type(e).__name__})'
     if 'No space left' in text or 'os error 28' in text: return f'the disk is full ({text[:160]})'
     if isinstance(e, OSError):
         return ': '.join(str(t) for t in (e.strerror or type(e).__name__, e.filename) if t)

@@ -22,14 +22,15 @@ from ..basics.console import complaint, stop_code
 class Command:
     "Where a command is"
     does: str             # `module:function`
-    says: str = ''        # `module:function` from its result to what is printed; nothing: it prints for itself
+    says: str = ''        # `module:function` from its result to a text; nothing: it prints for itself
+    resumes: str = ''     # `module:function` for `--resume`: a run that was started before
     settings: bool = False # Does it take settings of a method and a run?
     json: bool = False    # Can it print its result as JSON?
 
 # %% ../../nbs/13_commands/14_cli.ipynb #a7237efa
 COMMANDS = {
     'demo': Command('commands.demo:demo'),
-    'train': Command('commands.train:train', 'commands.report:said', settings=True),
+    'train': Command('commands.train:train', 'commands.report:said', 'commands.train:resume', settings=True),
     'sample': Command('commands.sample:sample', 'commands.sample:said'),
     'evaluate': Command('commands.evaluate:evaluate', 'commands.evaluate:said', json=True),
     'score': Command('commands.score:score', 'commands.evaluate:score_said', json=True),
@@ -45,7 +46,8 @@ def found(where:str # `module:function`
          ): # The function
     "Import a function"
     module, function = where.split(':')
-    return getattr(importlib.import_module(module if module == 'builtins' else f'diffusion_sharpening.{module}'), function)
+    name = module if module == 'builtins' else f'diffusion_sharpening.{module}'
+    return getattr(importlib.import_module(name), function)
 
 # %% ../../nbs/13_commands/14_cli.ipynb #6fb5af7c
 KINDS = dict(str=str, int=int, float=float, bool=bool)
@@ -72,8 +74,10 @@ def arguments(where:str # `module:function`
     defaults = [None]*(len(names) - len(f.args.defaults)) + f.args.defaults
     for a, d in zip(names, defaults):
         kind = KINDS.get(getattr(a.annotation, 'id', None))
-        if kind is None: raise TypeError(f'{where}: expected {a.arg} to be annotated as one of {", ".join(KINDS)}')
-        out.append(Argument(a.arg, kind, d and ast.literal_eval(d), d is None, notes.get((d or a).end_lineno, '')))
+        if kind is None:
+            raise TypeError(f'{where}: expected {a.arg} to be annotated as one of {", ".join(KINDS)}')
+        note = notes.get((d or a).end_lineno, '')
+        out.append(Argument(a.arg, kind, d and ast.literal_eval(d), d is None, note))
     return out
 
 # %% ../../nbs/13_commands/14_cli.ipynb #627d801c
@@ -144,8 +148,10 @@ def _arguments(name, argv): # What the function is called with, and whether JSON
     as_json, own = a.pop('json', False), {o.name for o in ARGUMENTS[name]}
     if not COMMANDS[name].settings: return a, as_json
     more = settings_of(a)
-    for k in more.keys() & own: raise ValueError(f'setting {k!r}: expected one of the method or the run; give it as --{k}')
-    if a.get('resume') == '': a['resume'] = a.get('out') or next(o.default for o in ARGUMENTS[name] if o.name == 'out')
+    for k in more.keys() & own:
+        raise ValueError(f'setting {k!r}: expected one of the method or the run; give it as --{k}')
+    default = next((o.default for o in ARGUMENTS[name] if o.name == 'out'), None)
+    if a.get('resume') == '': a['resume'] = a.get('out', default)     # alone: the run in --out
     return a | more, as_json
 
 # %% ../../nbs/13_commands/14_cli.ipynb #806e39c8
@@ -163,7 +169,9 @@ def run(argv:list # Arguments without the program's name
         return 0
     name = one_of(argv[0], COMMANDS, 'command')
     kwargs, as_json = _arguments(name, argv[1:])
-    res = found(COMMANDS[name].does)(**kwargs)
+    does = COMMANDS[name].does
+    if 'resume' in kwargs: does, kwargs['folder'] = COMMANDS[name].resumes, kwargs.pop('resume')
+    res = found(does)(**kwargs)
     if first_process():
         says = found(COMMANDS[name].says) if COMMANDS[name].says else lambda _: ''
         shown = json.dumps(res, indent=1) if as_json else says(res)
@@ -180,13 +188,11 @@ class Ended(BaseException):
 def ending():
     "Within the block SIGTERM and SIGHUP raise `Ended`, so that what was begun is cleaned up"
     def end(sig, frame): raise Ended(128 + sig)
-    old = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
-    for s in old:
-        if threading.current_thread() is threading.main_thread() and old[s] == signal.SIG_DFL: signal.signal(s, end)
+    here = threading.current_thread() is threading.main_thread()
+    old = {s: signal.signal(s, end) for s in (signal.SIGTERM, signal.SIGHUP)} if here else {}
     try: yield
     finally:
-        for s, h in old.items():
-            if threading.current_thread() is threading.main_thread() and h is not None: signal.signal(s, h)
+        for s, h in old.items(): signal.signal(s, h)
 
 # %% ../../nbs/13_commands/14_cli.ipynb #7cdb0a87
 def _closed_pipe(): # Nobody reads any more: nothing may be written at exit either
@@ -195,7 +201,7 @@ def _closed_pipe(): # Nobody reads any more: nothing may be written at exit eith
 
 # %% ../../nbs/13_commands/14_cli.ipynb #ae6504dd
 def exit_code(argv:list # Arguments without the program's name
-             )->int: # What `run` says; 2 for wrong input, 1 where the machine refuses, 128 + the signal's number
+             )->int: # 0; 2: wrong input; 1: the machine refuses; 128 + n: signal n
     "Run one command, and say in one line what goes wrong"
     try:
         with ending(): code = run(argv)

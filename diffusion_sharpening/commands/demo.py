@@ -6,10 +6,9 @@
 __all__ = ['demo']
 
 # %% ../../nbs/13_commands/13_demo.ipynb #457b3ad3
-from pathlib import Path
 from .report import table
-from .train import train
-from ..training.checkpoints import checkpoints
+from .train import resume, train
+from ..training.folder import read_report, read_run
 
 # %% ../../nbs/13_commands/13_demo.ipynb #27d804c1
 def demo(
@@ -19,7 +18,8 @@ def demo(
 )->dict: # The report
     "Sharpen the embedded model here and now: before, after, and what it took"
     print(f'RLHF-Diffusion-Sharpening of the embedded Shapes model; reward: CLIP score; {steps} batches, seed {seed}')
-    rep = train('rlhf', out=out, steps=steps, seed=seed, resume=out if checkpoints(Path(out)/'checkpoints') else None)
+    asked, again = dict(steps=steps, seed=seed), read_run(out) and not read_report(out)
+    rep = resume('rlhf', out, **asked) if again else train('rlhf', out=out, **asked)
     if 'stopped' in rep: return rep
     print(f"{table(rep)}\n{rep['seconds']:.0f} s; see before_after.png, reward_curve.png and report.json in {out}")
     return rep

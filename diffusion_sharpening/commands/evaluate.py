@@ -17,10 +17,10 @@ from ..worlds.world import world_of
 
 # %% ../../nbs/13_commands/10_evaluate.ipynb #dd3c8991
 def evaluate(
-    model:str=None, # `shapes` (embedded), a folder, or a name on the Hugging Face Hub; None: that of the LoRA, or shapes
+    model:str=None, # Embedded, a folder, or a name on the Hub; None: the LoRA's, or `shapes`
     lora:str=None, # Folder of a run, or of any LoRA
     reward:str='clip', # Reward to report, beside the exam of the model's world
-    prompts:str='shapes', # `shapes` (held-out captions), a file (txt, jsonl, csv, parquet; FILE:COLUMN), or hf:owner/name:column
+    prompts:str='shapes', # `shapes` (held-out captions), FILE, FILE:COLUMN, or hf:owner/name:column
     n:int=None, # How many prompts; None: 240 for embedded models, 24 for others
     S:int=20, # Sampler steps
     seed:int=0, # Of the start noise
@@ -44,7 +44,8 @@ def evaluate(
 def said(rep:dict # From `evaluate`
         )->str:
     "One evaluation as text"
-    head = f"{rep['model']}: {rep['heldout_prompts']} prompts of {rep['prompts']}, {number(rep['nfe_per_image'])} network evaluations per image"
+    head = f"{rep['model']}: {rep['heldout_prompts']} prompts of {rep['prompts']}, "
+    head += f"{number(rep['nfe_per_image'])} network evaluations per image"
     return f'{head}\nmean [95 % interval]\n{measured_table(rep)}'
 
 # %% ../../nbs/13_commands/10_evaluate.ipynb #008d0268

@@ -17,7 +17,8 @@ def split_prompts(texts:list, # Prompts
                   n:int # How many shall be held out
                  )->tuple: # Those to train on, and the held-out ones: at most half of the different ones
     "Split prompts by a checksum of their text"
-    order = sorted(dict.fromkeys(texts), key=lambda t: hashlib.sha256(t.encode('utf-8', 'surrogatepass')).digest())
+    checksum = lambda t: hashlib.sha256(t.encode('utf-8', 'surrogatepass')).digest()
+    order = sorted(dict.fromkeys(texts), key=checksum)
     held = order[:min(n, len(order)//2)]
     return [t for t in texts if t not in set(held)], held
 
@@ -39,10 +40,12 @@ def heldout_prompts(source:str, # Where the training prompts are from, as for `p
     "What is trained on and what is measured on"
     if n == 0: return texts, [], 'none'
     if file is not None: return _others(texts, prompt_set(file)[:n], file)
-    if source in WORLDS: return texts, WORLDS[source].prompts(n, 'heldout', 1), f'held-out prompts of {source}'
+    if source in WORLDS:
+        return texts, WORLDS[source].prompts(n, 'heldout', 1), f'held-out prompts of {source}'
     train, held = split_prompts(texts, n)
     if held: return train, held, f'split from {source}: {len(held)} held out, {len(train)} to train on'
-    raise ValueError('prompts: expected at least two different ones, to hold one out; or --heldout 0, or --heldout-prompts FILE')
+    raise ValueError('prompts: expected at least two different ones, to hold one out; '
+                     'or --heldout 0, or --heldout-prompts FILE')
 
 # %% ../../nbs/13_commands/06_heldout.ipynb #812613eb
 def _others(texts, held, file): # Training prompts without the held-out ones

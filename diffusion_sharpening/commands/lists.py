@@ -25,7 +25,8 @@ def method_settings(name:str, # Of a method
 # %% ../../nbs/13_commands/12_lists.ipynb #e0d1891e
 def methods()->list: # One dict per method: name, about, presets, settings
     "The methods, their presets and settings"
-    return [dict(name=k, about=type(settings(k)[1]).__doc__, presets=list(presets(k)), settings=method_settings(k))
+    return [dict(name=k, about=type(settings(k)[1]).__doc__, presets=list(presets(k)),
+                 settings=method_settings(k))
             for k in [*PRESETS, *METHODS]]
 
 # %% ../../nbs/13_commands/12_lists.ipynb #92a5f055
@@ -48,13 +49,15 @@ def methods_said(found:list # From `methods`
 def rewards()->list: # One dict per reward: name, needs, usable, how
     "The rewards, and whether they can be used now"
     both = {k: usable(k) for k in USES}
-    return [dict(name=k, needs=e.needs, usable=both[k][0], how=both[k][1], exam_only=e.exam) for k, e in USES.items()]
+    return [dict(name=k, needs=e.needs, usable=both[k][0], how=both[k][1], exam_only=e.exam)
+            for k, e in USES.items()]
 
 # %% ../../nbs/13_commands/12_lists.ipynb #7bd2b3a8
 def rewards_said(found:list # From `rewards`
                 )->str:
     "The rewards as text"
-    return columns([[r['name'], 'usable' if r['usable'] else 'not usable', r['how'], r['needs']] for r in found])
+    ready = {True: 'usable', False: 'not usable'}
+    return columns([[r['name'], ready[r['usable']], r['how'], r['needs']] for r in found])
 
 # %% ../../nbs/13_commands/12_lists.ipynb #097674c6
 def as_json(found # What a command found

@@ -30,14 +30,14 @@ def write_pictures(pictures:Tensor, # `(N, 3, H, W)` in [0, 1]
     write_whole(out/'prompts.txt', '\n'.join(prompts)+'\n')
     if not all(whole):
         first = whole.index(False)
-        raise ValueError(f'sample: {whole.count(False)} of {len(whole)} pictures are not finite, the first is number '
-                         f'{first} ({prompts[first]:.60}); the others are in {out}')
+        raise ValueError(f'sample: {whole.count(False)} of {len(whole)} pictures are not finite, the first is '
+                         f'number {first} ({prompts[first]:.60}); the others are in {out}')
 
 # %% ../../nbs/13_commands/09_sample.ipynb #fa51d605
 def sample(
-    model:str=None, # `shapes` (embedded), a folder, or a name on the Hugging Face Hub; None: that of the LoRA, or shapes
+    model:str=None, # Embedded, a folder, or a name on the Hub; None: the LoRA's, or `shapes`
     lora:str=None, # Folder of a run, or of any LoRA
-    prompts:str='shapes', # `shapes` (held-out captions), a file (txt, jsonl, csv, parquet; FILE:COLUMN), or hf:owner/name:column
+    prompts:str='shapes', # `shapes` (held-out captions), FILE, FILE:COLUMN, or hf:owner/name:column
     out:str='out', # Folder for the pictures
     n:int=24, # How many prompts
     S:int=20, # Sampler steps

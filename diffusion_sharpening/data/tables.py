@@ -333,18 +333,17 @@ def files_of(s:Source, # Where
     return [place/n for n in choose(names_in(place))]
 
 # %% ../../nbs/07_data/01_tables.ipynb #9d76c6e1
-def prompt_set(source:str, # `shapes`, a text file with one prompt per line, or another of the sources above
+def prompt_set(source:str, # A world, a text file with one prompt per line, or another of the sources above
                n:int=2400, # How many captions of an embedded world; anything else is read whole
                split:str='train', # `train` or `heldout`, of an embedded world
                seed:int=0 # Of an embedded world's captions
               )->list: # Texts; ValueError if there are none
     "Read a prompt set"
-    if source == 'shapes':
-        from diffusion_sharpening.worlds.shapes.draw import prompts
-        return prompts(n, split, seed)
+    from diffusion_sharpening.worlds.world import WORLDS
+    if source in WORLDS: return WORLDS[source].prompts(n, split, seed)
     s = parse_source(str(source))
     if not s.hub and not _there(s.place):
-        raise ValueError("prompts: expected 'shapes' or a text file with one prompt per line, "
+        raise ValueError(f'prompts: expected {", ".join(WORLDS)} or a text file with one prompt per line, '
                          f'found no file {s.place}; tables are FILE:COLUMN, datasets hf:owner/name:COLUMN')
     found = [p for f in files_of(s) for p in texts(table(f), s.column)]
     if not found: raise ValueError(f'prompts: {source} holds no prompt')

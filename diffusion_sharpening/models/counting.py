@@ -45,7 +45,8 @@ KNOWN = dict(
         dict(sample_size=128, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280),
              layers_per_block=2, down_block_types=_plain[0] + _down*2, up_block_types=_up*2 + _plain[1],
              transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
-             cross_attention_dim=2048, use_linear_projection=True, addition_embed_type='text_time', addition_time_embed_dim=256,
+             cross_attention_dim=2048, use_linear_projection=True, addition_embed_type='text_time',
+             addition_time_embed_dim=256,
              projection_class_embeddings_input_dim=2816),
         _levels, ((768, 12, 49408, 0), (1280, 32, 49408, 1280))),
     sd15=Anatomy(
@@ -84,6 +85,7 @@ def anatomy(model:str # sdxl, sd15, shapes, their names on the Hub, a downloaded
     tokens = encs[0].get('max_position_embeddings', 77) if encs else 77
     return Anatomy(_config(path/'unet/config.json'), _config(path/'vae/config.json'), text, tokens)
 
+# %% ../../nbs/03_models/14_counting.ipynb #243d01e2
 def text_params(a:Anatomy)->int: # Without loading or building them
     "Parameters of the CLIP text encoders"
     one = lambda d, n, v, p: (v + a.tokens)*d + n*(12*d*d + 13*d) + 2*d + d*p
@@ -119,6 +121,7 @@ class Cost:
     held: float  # GiB kept between the two
     peak: float  # GiB alive at most
 
+# %% ../../nbs/03_models/14_counting.ipynb #076ce65c
 def _drop(p): p.grad = None  # gradients are accounted for with the optimizer
 
 def _attention(q, k, v, *args, **kwargs):
@@ -126,12 +129,13 @@ def _attention(q, k, v, *args, **kwargs):
 
 @contextmanager
 def fused():
-    "Attention as one operation that keeps no matrix of weights, as GPUs and CPUs compute it; also where a backward pass computes it again"
+    "Attention as one operation that keeps no matrix of weights, as processors compute it; also when recomputed"
     own = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = _attention
     try: yield
     finally: functional.scaled_dot_product_attention = own
 
+# %% ../../nbs/03_models/14_counting.ipynb #980d5906
 def _attention_backward(grad, q, k, v, *args, out_val=None, **kwargs):
     "Four products; that the fused operation also recomputes its weights is not counted"
     return 8*q[0]*q[1]*q[2]*k[2]*q[3]
@@ -170,6 +174,7 @@ def _unet_inputs(a, px, dtype):
     text = made(1, a.tokens, u['cross_attention_dim'])
     return (x, torch.zeros(1, device='meta'), text), dict(added_cond_kwargs=added)
 
+# %% ../../nbs/03_models/14_counting.ipynb #85e8d82d
 def picture_side(model:str, # As for `anatomy`
                  px:int=None # None: what the model was made for
                 )->int: # ValueError unless the autoencoder can make it
@@ -191,6 +196,7 @@ def _counted(model, px, rank, layers, checkpointing, dtype):
     c = count(lambda: net(*args, return_dict=False, **kw)[0], net, rank is not None)
     return c, size, sum(p.numel() for p in net.parameters() if p.requires_grad)
 
+# %% ../../nbs/03_models/14_counting.ipynb #4661c381
 def unet_cost(
     model:str, # sdxl, sd15, shapes, or a folder
     px:int=None, # Picture side; None: what the model was made for
@@ -215,6 +221,7 @@ def _vae_counted(model, px, way, grad, dtype):
     f = (lambda: vae.decode(x).sample) if way == 'decode' else (lambda: vae.encode(x).latent_dist.mean)
     return count(f, vae, grad), sum(p.numel() for p in vae.parameters())
 
+# %% ../../nbs/03_models/14_counting.ipynb #c51242cb
 def vae_cost(
     model:str, # sdxl, sd15, shapes, or a folder
     px:int=None, # Picture side; None: what the model was made for

@@ -26,6 +26,7 @@ def cosine_lr(k:int, # Update, from 0
     w = max(1, int(warm*steps))
     return (k+1)/w if k < w else floor + (1-floor)*.5*(1+math.cos(math.pi*(k-w)/max(1, steps-w)))
 
+# %% ../../nbs/03_models/15_fit.ipynb #b8e6f7cc
 def trapezoid_lr(k:int, # Update, from 0
                  steps:int, # Updates in the run
                  warm:int=200, # Updates spent warming up
@@ -44,6 +45,7 @@ def _state(net, ema, opt, k):
             if p in opt.state: out[f'{m}.{n}'] = opt.state[p][m]
     return {n: v.contiguous().clone() for n, v in out.items()} | {'step': torch.tensor(k)}
 
+# %% ../../nbs/03_models/15_fit.ipynb #985f822d
 def _restore(path, net, ema, opt):
     st = load_file(path); part = lambda s: {n[len(s)+1:]: v for n, v in st.items() if n.startswith(s+'.')}
     net.load_state_dict(part('net')); ema.update(part('ema')); k = int(st['step'])

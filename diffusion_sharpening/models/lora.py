@@ -52,6 +52,7 @@ def _refuse(path, odd, layers):  # Why `odd` names of a file cannot be used
                f"kohya's to it), found {odd[0] if odd else 'none'}")
     raise ValueError(f'LoRA: {path}: {why}')
 
+# %% ../../nbs/03_models/05_lora.ipynb #2452a46d
 def grouped(
     weights:dict, # By name, as they are in a file
     path='' # Of the file, for messages

@@ -106,4 +106,5 @@ def gather(
 
 def _forget(m): # What `fully_shard` added to a module: its class, and calls before and after
     m.__class__ = type(m).__mro__[2]
-    for hooks in ('forward_pre', 'forward', 'state_dict_pre', 'load_state_dict_pre'): getattr(m, f'_{hooks}_hooks').clear()
+    for hooks in ('forward_pre', 'forward', 'state_dict_pre', 'load_state_dict_pre'):
+        getattr(m, f'_{hooks}_hooks').clear()

@@ -66,7 +66,7 @@ def checkpoints(folder # Where the checkpoints of a run lie
         if m and (m[1] == 'step' or (p/'manifest.json').is_file()): found[int(m[2])] = p
     return [found[k] for k in sorted(found)]
 
-# %% ../../nbs/12_training/04_checkpoints.ipynb #e0b47028
+# %% ../../nbs/12_training/04_checkpoints.ipynb #1c2bb123
 def load_checkpoint(path # A checkpoint
                    )->tuple: # `tensors` and `record` as they were saved
     "Read a checkpoint that is whole"
@@ -74,10 +74,12 @@ def load_checkpoint(path # A checkpoint
     try:
         tensors = {Path(f).stem: load_file(path/f) for f in files if f.endswith('.safetensors')}
         return tensors, read_json(path/'record.json', 1 << 30)
-    except (OSError, ValueError, SafetensorError) as e: raise CheckpointError(f'checkpoint {path}: {e}') from None
+    except (OSError, ValueError, SafetensorError) as e:
+        raise CheckpointError(f'checkpoint {path}: {e}') from None
 
-# %% ../../nbs/12_training/04_checkpoints.ipynb #560b9d32
-def _newest(folder, read, say): # The newest that can be read, and what was read; None if there are none at all
+# %% ../../nbs/12_training/04_checkpoints.ipynb #e953fd94
+def _newest(folder, read,
+            say): # The newest that can be read, and what was read; None if there are none at all
     found = checkpoints(folder)
     for p in reversed(found):
         try: return p, read(p)
@@ -86,15 +88,15 @@ def _newest(folder, read, say): # The newest that can be read, and what was read
 
 def latest(folder, # Where the checkpoints of a run lie
            say=print # Told of each one that is not whole
-          )->Path: # The newest whole checkpoint, or None if there are none at all; `CheckpointError` if none is whole
+          )->Path: # The newest whole one; None if there are none at all, `CheckpointError` if none is whole
     "Find the checkpoint to go on from"
     found = _newest(folder, verify, say)
     return found and found[0]
 
-# %% ../../nbs/12_training/04_checkpoints.ipynb #92d0eaa3
+# %% ../../nbs/12_training/04_checkpoints.ipynb #787f672d
 def load_latest(folder, # Where the checkpoints of a run lie
                 say=print # Told of each one that is not whole
-               )->tuple: # `path`, `tensors` and `record` of the newest whole one; None and errors as of `latest`
+               )->tuple: # `path`, `tensors` and `record`; None and errors as of `latest`
     "Find the checkpoint to go on from, and read it"
     found = _newest(folder, load_checkpoint, say)
     return found and (found[0], *found[1])
@@ -114,20 +116,22 @@ def _write(dir, tensors, record):
     _flush(dir/'manifest.json')
     _flush(dir)
 
-# %% ../../nbs/12_training/04_checkpoints.ipynb #81d9b777
+# %% ../../nbs/12_training/04_checkpoints.ipynb #62a71f92
 def _room(folder, tensors): # `CheckpointError` where the new checkpoint cannot fit
     size = sum(t.numel()*t.element_size() for ts in tensors.values() for t in ts.values())
     free, need = shutil.disk_usage(folder).free, int(1.02*size) + (1 << 16)
     if free < need:
-        raise CheckpointError(f'checkpoint: needs {need/2**20:.1f} MiB in {folder}, found {free/2**20:.1f} MiB free; '
-                              'what was saved before is untouched')
+        sizes = f'needs {need/2**20:.1f} MiB in {folder}, found {free/2**20:.1f} MiB free'
+        raise CheckpointError(f'checkpoint: {sizes}; what was saved before is untouched')
 
-# %% ../../nbs/12_training/04_checkpoints.ipynb #6d5d0b93
+# %% ../../nbs/12_training/04_checkpoints.ipynb #2845dd4e
 @lru_cache(64)
 def _verified(path, stamp): verify(path)
 
 def _is_whole(path):
-    try: _verified(path, tuple((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(path.iterdir())))
+    try:
+        _verified(path, tuple((p.name, p.stat().st_size,
+                               p.stat().st_mtime_ns) for p in sorted(path.iterdir())))
     except (CheckpointError, OSError): return False
     return True
 
@@ -154,19 +158,21 @@ def _hide(path): # Out of sight; where it lies now
 def _remove(path): # A whole checkpoint, unless somebody has put something into its folder
     if {p.name for p in path.iterdir()} == {*verify(path)['files'], 'manifest.json'}: _clear(_hide(path))
 
-# %% ../../nbs/12_training/04_checkpoints.ipynb #aa6e37ad
-def _prune(folder, keep): # Remove what is whole and older than the newest `keep`, and what a kill has left of others
+# %% ../../nbs/12_training/04_checkpoints.ipynb #6fba2237
+def _prune(folder,
+           keep): # Remove what is whole and older than the newest `keep`, and what a kill has left of others
     whole = [p for p in checkpoints(folder) if _is_whole(p)]
     for p in whole[:-max(1, keep)]: _remove(p)
     left = [p for p in folder.glob('.*') if re.fullmatch(r'\.(old|part)-\d{8,}', p.name)]
     for p in left:
         if p not in checkpoints(folder): _clear(p)
 
-# %% ../../nbs/12_training/04_checkpoints.ipynb #dac4aabf
+# %% ../../nbs/12_training/04_checkpoints.ipynb #ccd4b0cf
 def _make_room(path): # For a new checkpoint where one of the same number may be
     if not os.path.lexists(path): return
     if _is_whole(path): return _hide(path)
-    names = (path.with_name(path.name.replace('step', f'damaged{i}' if i else 'damaged')) for i in range(10**6))
+    names = (path.with_name(path.name.replace('step',
+                                              f'damaged{i}' if i else 'damaged')) for i in range(10**6))
     os.replace(path, next(p for p in names if not os.path.lexists(p)))
 
 # %% ../../nbs/12_training/04_checkpoints.ipynb #a6e03de5
@@ -191,7 +197,8 @@ def save_checkpoint(
         _prune(folder, keep)
     except (OSError, SafetensorError) as e:
         if part.is_dir(): _clear(part)
-        raise CheckpointError(f'checkpoint: cannot write {final} ({e}); what was saved before is untouched') from None
+        raise CheckpointError(f'checkpoint: cannot write {final} ({e}); '
+                              'what was saved before is untouched') from None
     return final
 
 # %% ../../nbs/12_training/04_checkpoints.ipynb #69f8774e
@@ -201,7 +208,8 @@ def random_state()->tuple: # Tensors, and what fits JSON
     kind, keys, pos, has, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     tensors = dict(torch=torch.get_rng_state(), numpy=torch.from_numpy(keys.astype('int64')))
-    tensors |= {f'cuda.{i}': s for i, s in enumerate(torch.cuda.get_rng_state_all())} if torch.cuda.is_available() else {}
+    tensors |= {f'cuda.{i}': s for i,
+                s in enumerate(torch.cuda.get_rng_state_all())} if torch.cuda.is_available() else {}
     return tensors, dict(numpy=[kind, pos, has, cached], python=[version, list(internal), gauss])
 
 # %% ../../nbs/12_training/04_checkpoints.ipynb #a09dd3bd

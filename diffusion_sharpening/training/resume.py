@@ -16,7 +16,7 @@ from .folder import begin, go_on
 from .loop import Callback
 
 # %% ../../nbs/12_training/09_resume.ipynb #df0474b3
-FREE = ('steps', 'seconds', 'checkpoint_every', 'keep', 'patience', 'shard')  # May differ when a run goes on
+FREE = ('steps', 'seconds', 'checkpoint_every', 'keep', 'patience', 'shard', 'micro') # These may differ
 
 def identity(s, # `State` of the loop
              about:dict # What the loop does not know: model, reward, …
@@ -43,16 +43,18 @@ def snapshot(s, # `State` of the loop
              about:dict # As for `identity`
             )->tuple: # Tensors by file, and the record
     "All that a run is"
-    named = s.model.policies.named
+    named = s.model.named
     mine = lambda t: collected(t, s.rank == 0)
     weights = {f'{n}/{k}': mine(p) for n, ps in named.items() if n != 'base' for k, p in ps.items()}
     moments = {f'{k}/{m}': mine(s.opt.state[p][m]) for k, p in named['policy'].items() if p in s.opt.state
                for m in ('step', 'exp_avg', 'exp_avg_sq')}
     chance, rest = random_state()
     counts = {k: getattr(s, k) for k in ('k', 'skipped', 'bad', 'nfe', 'seconds')}
-    record = dict(identity=identity(s, about), steps=s.run.steps, counts=counts, history=s.history, random=rest)
+    record = dict(identity=identity(s, about), steps=s.run.steps, counts=counts, history=s.history,
+                  random=rest)
     kept = s.method.state()
-    return dict(weights=weights, optimizer=moments, random=chance) | (dict(method=kept) if kept else {}), record
+    return dict(weights=weights, optimizer=moments,
+                random=chance) | (dict(method=kept) if kept else {}), record
 
 # %% ../../nbs/12_training/09_resume.ipynb #589cad53
 def _fits(named, weights): # `CheckpointError` unless these are the weights of the same layers
@@ -60,12 +62,14 @@ def _fits(named, weights): # `CheckpointError` unless these are the weights of t
     have = {k: tuple(v.shape) for k, v in weights.items()}
     odd = sorted(k for k in want.keys() | have.keys() if want.get(k) != have.get(k))
     if odd:
-        raise CheckpointError(f'resume: the checkpoint is of another network: {len(odd)} of its weights differ, '
+        raise CheckpointError('resume: the checkpoint is of another network: '
+                              f'{len(odd)} of its weights differ, '
                               f'the first is {odd[0]}: {have.get(odd[0])}, here {want.get(odd[0])}')
 
 # %% ../../nbs/12_training/09_resume.ipynb #e155ba3d
 def _moments(saved, k, p): # Of one parameter, as the optimizer keeps them
-    return dict(step=saved[f'{k}/step'].clone(), **{m: dealt(saved[f'{k}/{m}'], p) for m in ('exp_avg', 'exp_avg_sq')})
+    return dict(step=saved[f'{k}/step'].clone(), **{m: dealt(saved[f'{k}/{m}'], p) for m in ('exp_avg',
+                                                                                             'exp_avg_sq')})
 
 @torch.no_grad()
 def restore(s, # `State` of the loop
@@ -73,9 +77,10 @@ def restore(s, # `State` of the loop
             about:dict # As for `identity`
            ): # `CheckpointError`, and nothing changed, if it belongs to another run
     "Put a run back where it was"
-    named = {n: ps for n, ps in s.model.policies.named.items() if n != 'base'}
+    named = {n: ps for n, ps in s.model.named.items() if n != 'base'}
     try: _same_run(s, record, about); _fits(named, tensors['weights'])
-    except KeyError as e: raise CheckpointError(f'resume: the checkpoint has no {e}: made by another version?') from None
+    except KeyError as e:
+        raise CheckpointError(f'resume: the checkpoint has no {e}: made by another version?') from None
     for n, ps in named.items():
         for k, p in ps.items(): p.copy_(dealt(tensors['weights'][f'{n}/{k}'], p))
     for k, p in named['policy'].items():
@@ -86,9 +91,10 @@ def restore(s, # `State` of the loop
     set_random_state(tensors['random'], record['random'])
 
 # %% ../../nbs/12_training/09_resume.ipynb #36a7e4f4
-def _flat(d, pre=''): # Nested dicts as one, with dots between the names
-    return {k: v for a, b in d.items() for k, v in
-            (_flat(b, f'{pre}{a}.') if isinstance(b, dict) else {f'{pre}{a}': b}).items()}
+def _flat(o, pre=''): # Nested dicts and lists as one dict, with dots between the names
+    if isinstance(o, list): o = dict(enumerate(o))
+    if not isinstance(o, dict): return {pre[:-1]: o}
+    return {k: v for a, b in o.items() for k, v in _flat(b, f'{pre}{a}.').items()}
 
 def differences(was:dict, now:dict # Name → value or a dict of its own
                )->list: # A text for each name whose value is another, as far as it is known
@@ -109,6 +115,9 @@ class Resume(Callback):
         if not found: return
         path, tensors, record = found
         restore(s, tensors, record, self.about)
+        if s.k > s.run.steps:
+            raise CheckpointError(f'resume: {s.k} batches are done, expected at least as many steps, '
+                                  f'found {s.run.steps}')
         if s.rank: return
         print(f'going on after batch {s.k}, from {path.name}')
         if odd := differences(record.get('provenance') or {}, self.now):
@@ -134,14 +143,16 @@ class Checkpoint(Callback):
                  resume:bool=False # Go on with the checkpoints that are there? See `Resume`
                 ):
         self.folder, self.about, self.extra, self.saved = Path(folder), about, extra or {}, None
+        self.ready = False                                      # nothing is written before the start
         if not resume and checkpoints(folder):
-            raise CheckpointError(f'checkpoint: {folder} has checkpoints of another run; go on with them, or name another folder')
-    def start(self, s): self.saved = s.k or None
+            raise CheckpointError(f'checkpoint: {folder} has checkpoints of another run; go on with them, '
+                                  'or name another folder')
+    def start(self, s): self.ready, self.saved = True, s.k or None
     def update(self, s):
         if s.run.checkpoint_every and s.k % s.run.checkpoint_every == 0: self.save(s)
     def last(self, s): self.save(s)
     def failed(self, s, e):
-        if not s.k or not s.whole or self.saved == s.k: return
+        if not self.ready or not s.k or not s.whole or self.saved == s.k: return
         try: self.save(s); print(f'saved after batch {s.k}')
         except CheckpointError as why: print(why)
     def save(self, s):

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from ..exam import Exam
 from .draw import (
-    CATEGORIES, COLOURS, OUTLINES, PX, SHAPES, SPATIAL, TEXTURES, Spec, Thing, category, fill, parse)
+    CATEGORIES, COLOURS, OUTLINES, PX, SHAPES, SPATIAL, Spec, Thing, category, fill, parse)
 
 # %% ../../../nbs/05_worlds/shapes/02_exam.ipynb #9569e30b
 _RGB = torch.tensor(list(COLOURS.values()))/255
@@ -42,7 +42,7 @@ def _ground(grey): # `(B, 1, 1)`
 def labels(k:torch.Tensor # Integers `(B, H, W)`, -1 for none
           )->torch.Tensor: # Numbers from 1, different in every picture; 0 for none
     "Connected pixels (also across corners) of equal value"
-    (B, H, W), w = k.shape, k.shape[2]+2
+    B, H, w = *k.shape[:2], k.shape[2]+2
     p = F.pad(k, (1, 1, 1, 1), value=-1).numpy().ravel()
     lab = np.where(p >= 0, np.arange(1, len(p)+1), 0)
     pairs = [(o, np.flatnonzero((p[:-o] == p[o:]) & (p[:-o] >= 0))) for o in (1, w-1, w, w+1)]
