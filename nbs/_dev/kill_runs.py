@@ -13,7 +13,9 @@ from results import write
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sdxl
-from diffusion_sharpening.training.resume import Checkpoint
+from diffusion_sharpening.data.sources import Prompts
+from diffusion_sharpening.training.folder import read_run, taken
+from diffusion_sharpening.training.resume import Checkpoint, Record, Resume
 from diffusion_sharpening.training.callbacks import Log
 from diffusion_sharpening.training.checkpoints import checkpoints, load_checkpoint
 from diffusion_sharpening.training.run import settings
@@ -28,9 +30,14 @@ class Bright(Reward):
 
 def run_once(model, out, steps):
     "One sitting of a run, from its newest checkpoint to its end"
-    run, cfg = settings('rlhf', steps=steps, batch=2, S=3, n=2, rank=2, checkpoint_every=1)
-    beside = [Checkpoint(out/'checkpoints', dict(model='tiny', reward='bright'), resume=True), Log(out/'metrics.jsonl')]
-    train(Denoiser.from_pretrained(model, guidance=1., device='cpu'), 'rlhf', Bright(), TEXTS, run, cfg, callbacks=beside)
+    run, method = settings('rlhf', steps=steps, batch=2, S=3, n=2, rank=2, checkpoint_every=1)
+    net = Denoiser.from_pretrained(model, guidance=1., device='cpu')
+    about, at = dict(model='tiny', reward='bright'), out/'checkpoints'
+    with taken(out, new=False):
+        again, asked = bool(read_run(out)), dict(method='rlhf', steps=steps)
+        beside = [Resume(at, about), Record(out, asked, again), Log(out/'metrics.jsonl'),
+                  Checkpoint(at, about, dict(asked=asked), resume=True)]
+        train(net, method, Bright(), Prompts(net, TEXTS, run.batch, run.seed), run, beside)
 
 def sitting(model, out, steps, delay):
     "Run in a child; True if it came to its end before it was killed"
