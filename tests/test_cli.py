@@ -1,8 +1,9 @@
 "The commands: what they write, and that wrong input is one clear line, exit code 2 and nothing written"
-import json, os, subprocess, sys
+import json, os, signal, subprocess, sys
 from pathlib import Path
 
 import pytest, torch
+from PIL import Image
 
 from diffusion_sharpening.commands import cli, report as reports, train as command
 from diffusion_sharpening.evaluation.measure import report
@@ -197,8 +198,7 @@ def test_help_and_lists_for_people(capsys):
     out = capsys.readouterr().out
     assert all(c in out for c in [*cli.COMMANDS, 'sft', 'clip'])
     for c in cli.COMMANDS:
-        with pytest.raises(SystemExit) as e: cli.run([c, '--help'])
-        assert e.value.code == 0 and '--' in capsys.readouterr().out
+        assert cli.run([c, '--help']) == 0 and '--' in capsys.readouterr().out
 
 
 def interval(o): return o['low'] <= o['mean'] <= o['high']
@@ -262,6 +262,7 @@ def test_sample_and_evaluate_with_lora(trained, xl, tmp_path, capsys):
     model = ['--model', xl, '--lora', str(trained[0])]
     assert cli.run(['sample', *model, '--out', str(out), '--n', '3', '--S', '2']) == 0
     assert sorted(o.stem for o in out.iterdir()) == ['0000', '0001', '0002', 'grid', 'prompts']
+    assert Image.open(out/'0000.png').size == (64, 64)                              # no frame
     assert capsys.readouterr().out.strip() == f'{out}/grid.png'
     assert cli.run(['evaluate', *model, '--reward', 'checker', '--n', '12', '--S', '2', '--json']) == 0
     rep, after = strict(capsys.readouterr().out), json.loads((trained[0]/'report.json').read_text())['after']
@@ -347,3 +348,201 @@ def test_embedded_model_trains_on_clip(tmp_path, monkeypatch):
         rep = strict((tmp_path/'out/report.json').read_text())
         check_report(rep)
         assert rep['nfe_per_image']['after'] == 4 and rep['reward'] == 'clip'
+
+
+# Every command as a command line
+
+def readme_commands():
+    "The command lines of README.md, with numbers that make them small"
+    text = (Path(__file__).parents[1]/'README.md').read_text(encoding='utf-8')
+    lines = [l.split('#')[0].split() for l in text.splitlines() if l.startswith('sharpen ')]
+    less = {'--steps': {'100': '1', '200': '2'}}
+    more = dict(train=['--heldout', '2', '--S-eval', '1'], sample=['--n', '2', '--S', '1'], evaluate=['--n', '2', '--S', '1'])
+    for l in lines:
+        l = [less.get(a, {}).get(b, b) for a, b in zip(['', *l], l)]
+        if l[1] == 'train' and '--resume' not in l: l += [*more['train'], '--set', 'n=2', 'S=2', 'batch=2', 'rank=2']
+        yield l[1:] + more.get(l[1], [])*(l[1] != 'train')
+
+
+def test_readme_commands(tmp_path, monkeypatch, capsys):
+    "What the README types works, in its order and in one folder"
+    monkeypatch.chdir(tmp_path)
+    seen = set()
+    for argv in readme_commands():
+        assert call(monkeypatch, *argv) == 0, argv
+        seen.add(argv[0])
+    assert {'train', 'sample', 'evaluate', 'plan'} <= seen
+    assert json.loads((tmp_path/'runs/first/report.json').read_text())['steps'] == 2
+
+
+def test_each_command(trained, tmp_path, monkeypatch, capsys):
+    "export, push, score, plan, methods, rewards and serve-reward, from the command line to what they print"
+    run, pics = trained[0], tmp_path/'pics'
+    assert call(monkeypatch, 'sample', '--lora', run, '--out', pics, '--n', 2, '--S', 1) == 0   # model: the run's own
+    lines = [('export', run, '--out', tmp_path/'x.safetensors'), ('export', run, '--layout', 'diffusers', '--out', tmp_path),
+             ('push', run, 'me/sharp', '--dry-run'), ('plan', '--model', 'shapes', '--method', 'rlhf', '--json'),
+             ('score', '--images', pics, '--prompts', pics/'prompts.jsonl', '--reward', 'clip@shapes', '--out', tmp_path/'s'),
+             ('methods',), ('rewards',), ('evaluate', '--lora', run, '--reward', 'clip@shapes', '--n', 2, '--S', 1)]
+    for argv in lines:
+        capsys.readouterr()
+        assert call(monkeypatch, *argv) == 0, argv
+        assert capsys.readouterr().out.strip(), argv
+    assert (tmp_path/'x.safetensors').stat().st_size and {l[0] for l in lines} | {'sample', 'train'} | {
+        'demo', 'serve-reward'} == set(cli.COMMANDS)
+    assert call(monkeypatch, 'serve-reward', '--reward', 'clip@nothing') == 2
+    assert call(monkeypatch, 'demo', '--steps', -1, '--out', tmp_path/'demo') == 2
+
+
+def test_scoring_a_sampled_folder_is_evaluating(tmp_path, monkeypatch, capsys):
+    "Equal to 1e-6 on the pictures rounded to 8 bits, which is what a PNG holds; within 1e-2 of the unrounded"
+    from diffusion_sharpening.names.catalog import load_reward
+    from diffusion_sharpening.commands.score import score_folder
+    from diffusion_sharpening.data.tables import prompt_set
+    from diffusion_sharpening.evaluation.measure import evaluate
+    assert cli.run(['sample', '--n', '6', '--S', '4', '--out', str(tmp_path/'p')]) == 0
+    clip, texts = load_reward('clip@shapes'), prompt_set('shapes', 6, 'heldout', 1)
+    e = evaluate(load_model('shapes'), texts, dict(clip=clip), 4)
+    found = score_folder(clip, tmp_path/'p', str(tmp_path/'p/prompts.jsonl'), tmp_path/'s')['mean']
+    rounded = (e.images*255).round()/255
+    assert found == pytest.approx(clip(rounded, texts).mean().item(), abs=1e-6)
+    assert found == pytest.approx(e.scores['clip'].mean().item(), abs=1e-2)
+
+
+def test_help_is_quick_and_needs_no_torch():
+    import time
+    code = ("import sys; from diffusion_sharpening.commands import cli\n"
+            "for c in cli.COMMANDS: cli.run([c, '--help'])\n"
+            "cli.run([]); sys.exit('torch' in sys.modules)")
+    t0 = time.perf_counter()
+    assert sharpen('--help').returncode == 0
+    assert time.perf_counter() - t0 < 2
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode == 0
+
+
+def test_help_of_a_method_shows_what_runs(capsys):
+    from dataclasses import asdict
+    from diffusion_sharpening.training.run import settings
+    for preset in ('default', 'paper'):
+        assert cli.run(['train', 'rlhf', '--preset', preset, '--help']) == 0
+        rows = [l.split() for l in capsys.readouterr().out.split('settings of rlhf')[1].splitlines()[1:]]
+        run, method = settings('rlhf', preset)
+        runs = asdict(run) | asdict(method)
+        assert {r[0]: json.loads(r[1]) for r in rows if r} == runs
+
+
+# Exit codes, and what the machine does
+
+class Signal(Reward):
+    "Bright, and sends this process a signal at its third call"
+    name = 'signal'
+    def __init__(self, sig): self.sig, self.calls = sig, 0
+    def score(self, images, prompts):
+        self.calls += 1
+        if self.calls == 3: signal.raise_signal(self.sig)
+        return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
+def test_a_stopped_run_does_not_exit_0(xl, tmp_path, monkeypatch, capsys, name):
+    sig = getattr(signal, name)
+    monkeypatch.setattr(command, 'load_reward', lambda *a, **k: Signal(sig))
+    args = ['--model', xl, '--out', tmp_path/'out', '--heldout', 0, '--steps', 5, '--set', *small]
+    assert call(monkeypatch, 'train', 'rlhf', *args) == 128 + sig
+    assert f'{name}: stopped after batch' in capsys.readouterr().out
+
+
+def test_closed_pipe_is_no_error():
+    code = 'from diffusion_sharpening.commands.cli import main; main()'
+    read, write = os.pipe()
+    os.close(read)
+    res = subprocess.run([sys.executable, '-c', code, 'methods'], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert res.returncode == 128 + signal.SIGPIPE and res.stderr == ''
+
+
+def test_ascii_terminal():
+    env = dict(os.environ, PYTHONIOENCODING='ascii', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', LC_ALL='C')
+    code = 'from diffusion_sharpening.commands.cli import main; main()'
+    for argv, rc in (['--help'], 0), (['rewards'], 0), (['tráin'], 2):
+        res = subprocess.run([sys.executable, '-c', code, *argv], capture_output=True, text=True, env=env)
+        assert res.returncode == rc and 'Traceback' not in res.stderr, res.stderr
+
+
+long = 'x'*300
+@pytest.mark.parametrize('argv', ['sample --out {long} --n 1 --S 1', 'sample --lora {long} --model shapes --n 1 --out {out}',
+                                  'sample --prompts {long} --out {out}', 'sample --model {long} --out {out}',
+                                  'train rlhf --config {long} --out {out}', 'train rlhf --out {long} --heldout 0',
+                                  'score --images {long} --prompts {long}', 'export {long}', 'plan --model {long}'])
+def test_names_that_are_too_long(tmp_path, monkeypatch, capsys, argv):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *argv.format(long=long, out=tmp_path/'out').split()) in (1, 2)
+    one_line(capsys.readouterr().err, '')
+    assert not list(tmp_path.iterdir())
+
+
+def test_disk_that_takes_no_more(tmp_path):
+    "A limit on the size of files acts like a full disk: one line, exit code 1"
+    import resource
+    code = 'from diffusion_sharpening.commands.cli import main; main()'
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    res = subprocess.run([sys.executable, '-B', '-c', code, 'sample', '--n', '1', '--S', '1', '--out', str(tmp_path/'o')],
+                         capture_output=True, text=True, preexec_fn=limit)
+    assert res.returncode == 1 and 'Traceback' not in res.stderr and 'sharpen: ' in res.stderr, res.stderr
+
+
+@pytest.mark.parametrize('option', ['--lora', '--model', '--out', '--prompts'])
+def test_empty_names_are_refused(monkeypatch, capsys, option):
+    assert call(monkeypatch, 'sample', '--n', 1, '--S', 1, option, '') == 2
+    one_line(capsys.readouterr().err, f'{option}: expected a text')
+
+
+def test_rank_left_in_the_environment(monkeypatch, capsys):
+    monkeypatch.setenv('RANK', '1')
+    assert cli.run(['methods']) == 0 and 'rlhf' in capsys.readouterr().out
+
+
+def test_seeds_of_64_bits(xl, tmp_path, monkeypatch, capsys):
+    args = ['--model', xl, '--n', 1, '--S', 1, '--out', tmp_path/'a']
+    assert call(monkeypatch, 'sample', *args, '--seed', 2**64-1) == 0
+    train = ['train', 'rlhf', '--model', xl, '--reward', 'checker!', '--heldout', 0, '--steps', 1]
+    assert call(monkeypatch, *train, '--out', tmp_path/'b', '--set', *small, f'seed={2**64-1}') == 0
+    capsys.readouterr()
+    for argv in (['sample', *args, '--seed', 2**64], ['evaluate', *args[:-2], '--reward', 'checker', '--seed', 2**64],
+                 [*train, '--out', tmp_path/'c', '--set', *small, f'seed={2**64}']):
+        assert call(monkeypatch, *argv) == 2
+        one_line(capsys.readouterr().err, 'seed: expected at most')
+
+
+# What is measured
+
+def test_own_prompts_are_split(xl, tmp_path, capsys):
+    "Held-out prompts are not trained on, the report says where they are from, and another file can be named"
+    texts = [f'a red circle and {i} things' for i in range(10)]
+    (tmp_path/'mine').write_text('\n'.join(texts))
+    (tmp_path/'other').write_text('an oak\nan ash\n')
+    common = dict(model=xl, reward='clip@shapes', prompts=str(tmp_path/'mine'), S_eval=1, steps=1, n=2, S=2, batch=2, rank=2)
+    seen = []
+    fit, command.fit = command.fit, lambda model, method, judge, source, *a: seen.append(source.prompts) or fit(
+        model, method, judge, source, *a)
+    try:
+        rep = command.train('rlhf', out=str(tmp_path/'a'), heldout=3, **common)
+        other = command.train('rlhf', out=str(tmp_path/'b'), heldout_prompts=str(tmp_path/'other'), **common)
+    finally: command.fit = fit
+    assert len(seen[0]) == 7 and rep['heldout_prompts'] == 3 and '3 held out, 7 to train on' in rep['heldout_from']
+    assert len(seen[1]) == 10 and other['heldout_prompts'] == 2 and 'other' in other['heldout_from']
+
+
+def test_an_exam_belongs_to_its_model(xl, tmp_path, monkeypatch, capsys):
+    "Captions of Shapes with another model: no exam; a judge that cannot judge is refused before work"
+    assert cli.run(['evaluate', '--model', xl, '--reward', 'clip@shapes', '--n', '2', '--S', '1', '--json']) == 0
+    assert list(strict(capsys.readouterr().out)['judges']) == ['clip']
+    refused(monkeypatch, capsys, tmp_path/'out', 'checker', 'train', 'rlhf', '--model', xl, '--px', 128, '--reward', 'checker!',
+            '--heldout', 2, '--out', tmp_path/'out')
+
+
+def test_one_held_out_prompt_has_no_interval(xl, tmp_path, monkeypatch, capsys):
+    args = ['--model', xl, '--reward', 'checker!', '--heldout', 1, '--S-eval', 1, '--steps', 1, '--set', *small]
+    assert call(monkeypatch, 'train', 'rlhf', *args, '--out', tmp_path/'out') == 0
+    out = capsys.readouterr().out
+    assert 'None' not in out and f'are in {tmp_path}/out' in out
+    assert call(monkeypatch, 'push', tmp_path/'out', 'me/one', '--dry-run') == 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'KINDS', 'Argument', 'ARGUMENTS', 'Command', 'found', 'arguments', 'Parser', 'text', 'about', 'parser',
-           'usage', 'settings_of', 'first_process', 'run', 'Ended', 'ending', 'exit_code', 'main']
+           'usage', 'settings_of', 'help_of', 'first_process', 'run', 'Ended', 'ending', 'exit_code', 'main']
 
 # %% ../../nbs/13_commands/14_cli.ipynb #81734269
 import argparse, ast, importlib, io, json, os, signal, sys, threading, tokenize
@@ -66,6 +66,11 @@ def _comments(text): # Line → comment
     return {t.start[0]: t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT}
 
 # %% ../../nbs/13_commands/14_cli.ipynb #7835bde4
+def _default(node): # The value of a default, or the name of the constant that holds it
+    try: return ast.literal_eval(node)
+    except ValueError: return ast.unparse(node)
+
+# %% ../../nbs/13_commands/14_cli.ipynb #627d801c
 def arguments(where:str # `module:function`
              )->list: # `Argument`s; TypeError for one without a kind
     "What a function takes, without importing it"
@@ -77,24 +82,24 @@ def arguments(where:str # `module:function`
         if kind is None:
             raise TypeError(f'{where}: expected {a.arg} to be annotated as one of {", ".join(KINDS)}')
         note = notes.get((d or a).end_lineno, '')
-        out.append(Argument(a.arg, kind, d and ast.literal_eval(d), d is None, note))
+        out.append(Argument(a.arg, kind, d and _default(d), d is None, note))
     return out
 
-# %% ../../nbs/13_commands/14_cli.ipynb #627d801c
+# %% ../../nbs/13_commands/14_cli.ipynb #418b291f
 ARGUMENTS = {name: arguments(c.does) for name, c in COMMANDS.items()}
 
-# %% ../../nbs/13_commands/14_cli.ipynb #9da9f221
+# %% ../../nbs/13_commands/14_cli.ipynb #e74b44ad
 class Parser(argparse.ArgumentParser):
     "A parser whose complaints are a `ValueError`"
     def error(self, message): raise ValueError(message)
 
-# %% ../../nbs/13_commands/14_cli.ipynb #e74b44ad
+# %% ../../nbs/13_commands/14_cli.ipynb #ffa3cacb
 def text(value:str)->str:
     "A text that is not empty"
     if value: return value
     raise argparse.ArgumentTypeError("expected a text, found ''")
 
-# %% ../../nbs/13_commands/14_cli.ipynb #ffa3cacb
+# %% ../../nbs/13_commands/14_cli.ipynb #d261db31
 def _add(p, a): # One argument
     flag, kind = f"--{a.name.replace('_', '-')}", text if a.kind is str else a.kind
     note = a.note.replace('%', '%%')
@@ -104,13 +109,13 @@ def _add(p, a): # One argument
     more = dict(nargs='?', const='') if a.name == 'resume' else {}
     return p.add_argument(flag, type=kind, help=shown, metavar=a.kind.__name__.upper(), **more)
 
-# %% ../../nbs/13_commands/14_cli.ipynb #d261db31
+# %% ../../nbs/13_commands/14_cli.ipynb #cf59a767
 def about(name:str # One of `COMMANDS`
          )->str: # First line of the function's docstring
     "What a command is for"
     return ast.get_docstring(_source(COMMANDS[name].does)[1]).split('\n')[0]
 
-# %% ../../nbs/13_commands/14_cli.ipynb #cf59a767
+# %% ../../nbs/13_commands/14_cli.ipynb #3ae79355
 def parser(name:str # One of `COMMANDS`
           )->argparse.ArgumentParser:
     "The argument parser of a command, from its function"
@@ -120,20 +125,20 @@ def parser(name:str # One of `COMMANDS`
     if COMMANDS[name].json: p.add_argument('--json', action='store_true', help='Print JSON')
     return p
 
-# %% ../../nbs/13_commands/14_cli.ipynb #0882614b
+# %% ../../nbs/13_commands/14_cli.ipynb #c8afbcb8
 def _more_settings(p): # Of the method and the run
     p.add_argument('--steps', type=int, metavar='INT', help='Batches of the training')
     p.add_argument('--config', type=text, metavar='FILE', help='JSON file with settings of method and run')
     p.add_argument('--set', nargs='*', action='extend', metavar='KEY=VALUE',
                    help='Settings, after those of the file (sharpen methods lists them)')
 
-# %% ../../nbs/13_commands/14_cli.ipynb #c4cfb500
+# %% ../../nbs/13_commands/14_cli.ipynb #9eb58e38
 def usage()->str:
     "The list of commands"
     what = '\n'.join(f'  {c:14}{about(c)}' for c in COMMANDS)
     return f'usage: sharpen COMMAND …  (sharpen COMMAND --help says more)\n\n{what}'
 
-# %% ../../nbs/13_commands/14_cli.ipynb #4117fd07
+# %% ../../nbs/13_commands/14_cli.ipynb #f9aabe50
 def settings_of(a:dict # Parsed arguments; `config`, `set` and `steps` are taken out
                )->dict: # ValueError for a setting that is an option of its own
     "Settings of the method and the run: those of the file, `--steps`, then `--set`"
@@ -142,7 +147,20 @@ def settings_of(a:dict # Parsed arguments; `config`, `set` and `steps` are taken
     more = (read_config(file) if file else {}) | typed | parse_settings(pairs)
     return more
 
-# %% ../../nbs/13_commands/14_cli.ipynb #2f87e5d2
+# %% ../../nbs/13_commands/14_cli.ipynb #806e39c8
+def help_of(name:str, # One of `COMMANDS`
+            argv:list # What else was typed
+           )->str:
+    "The help of a command"
+    named = dict(zip(argv, argv[1:]))
+    method = argv[0] if argv[0][0] != '-' else named.get('--method')
+    if not COMMANDS[name].settings or not method: return parser(name).format_help()
+    from diffusion_sharpening.commands.lists import method_settings, settings_said
+    preset = named.get('--preset', 'default')
+    rows = settings_said(method_settings(method, preset))
+    return f'{parser(name).format_help()}\nsettings of {method} ({preset}), with --set NAME=VALUE:\n{rows}'
+
+# %% ../../nbs/13_commands/14_cli.ipynb #c733edff
 def _arguments(name, argv): # What the function is called with, and whether JSON is asked for
     a = vars(parser(name).parse_args(argv))
     as_json, own = a.pop('json', False), {o.name for o in ARGUMENTS[name]}
@@ -154,13 +172,13 @@ def _arguments(name, argv): # What the function is called with, and whether JSON
     if a.get('resume') == '': a['resume'] = a.get('out', default)     # alone: the run in --out
     return a | more, as_json
 
-# %% ../../nbs/13_commands/14_cli.ipynb #806e39c8
+# %% ../../nbs/13_commands/14_cli.ipynb #2c7d09d2
 def first_process()->bool:
     "Is this the only process, or the first of several?"
     dist = getattr(sys.modules.get('torch'), 'distributed', None)
     return not (dist and dist.is_available() and dist.is_initialized() and dist.get_rank())
 
-# %% ../../nbs/13_commands/14_cli.ipynb #c733edff
+# %% ../../nbs/13_commands/14_cli.ipynb #d4c74808
 def run(argv:list # Arguments without the program's name
        )->int: # Exit code
     "Run one command"
@@ -168,6 +186,9 @@ def run(argv:list # Arguments without the program's name
         print(usage())
         return 0
     name = one_of(argv[0], COMMANDS, 'command')
+    if {'-h', '--help'} & {*argv}:
+        print(help_of(name, argv[1:]))
+        return 0
     kwargs, as_json = _arguments(name, argv[1:])
     does = COMMANDS[name].does
     if 'resume' in kwargs: does, kwargs['folder'] = COMMANDS[name].resumes, kwargs.pop('resume')
@@ -178,12 +199,12 @@ def run(argv:list # Arguments without the program's name
         if shown: print(shown)
     return stop_code(res['stopped']) if isinstance(res, dict) and 'stopped' in res else 0
 
-# %% ../../nbs/13_commands/14_cli.ipynb #9c8b5963
+# %% ../../nbs/13_commands/14_cli.ipynb #af6887b3
 class Ended(BaseException):
     "A signal asked the program to end: exit code `code`"
     def __init__(self, code): self.code = code
 
-# %% ../../nbs/13_commands/14_cli.ipynb #d4c74808
+# %% ../../nbs/13_commands/14_cli.ipynb #a4c43d76
 @contextmanager
 def ending():
     "Within the block SIGTERM and SIGHUP raise `Ended`, so that what was begun is cleaned up"
@@ -194,12 +215,12 @@ def ending():
     finally:
         for s, h in old.items(): signal.signal(s, h)
 
-# %% ../../nbs/13_commands/14_cli.ipynb #7cdb0a87
+# %% ../../nbs/13_commands/14_cli.ipynb #908494f4
 def _closed_pipe(): # Nobody reads any more: nothing may be written at exit either
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
 
-# %% ../../nbs/13_commands/14_cli.ipynb #ae6504dd
+# %% ../../nbs/13_commands/14_cli.ipynb #c2eee28c
 def exit_code(argv:list # Arguments without the program's name
              )->int: # 0; 2: wrong input; 1: the machine refuses; 128 + n: signal n
     "Run one command, and say in one line what goes wrong"
@@ -215,7 +236,7 @@ def exit_code(argv:list # Arguments without the program's name
     print(f'sharpen: {why[1]}', file=sys.stderr)
     return why[0]
 
-# %% ../../nbs/13_commands/14_cli.ipynb #af6887b3
+# %% ../../nbs/13_commands/14_cli.ipynb #cdad3905
 def main(argv:list=None): # Arguments without the program's name; None: those of the process
     "The console script: errors in the input are one line and exit code 2"
     for f in (sys.stdout, sys.stderr):

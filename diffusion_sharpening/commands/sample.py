@@ -10,11 +10,10 @@ import torch
 from pathlib import Path
 from torch import Tensor
 from ..basics.files import write_whole
-from ..basics.pictures import as_png
+from ..basics.pictures import as_png, write_grid
 from .load import base_of, load_model, output_folder
-from ..data.tables import prompt_set
+from ..data.tables import prompt_set, write_prompts
 from ..evaluation.measure import start_seeds
-from ..training.callbacks import save_grid
 
 # %% ../../nbs/13_commands/09_sample.ipynb #4aef1db1
 def write_pictures(pictures:Tensor, # `(N, 3, H, W)` in [0, 1]
@@ -24,10 +23,10 @@ def write_pictures(pictures:Tensor, # `(N, 3, H, W)` in [0, 1]
     "Write pictures, one file each, the prompts beside them, and all on one sheet"
     out.mkdir(parents=True, exist_ok=True)
     whole = pictures.isfinite().flatten(1).all(1).tolist()
-    for i, ok in enumerate(whole):
-        if ok: write_whole(out/f'{i:04d}.png', as_png(pictures[i]))
-    save_grid(pictures, out/'grid.png')
-    write_whole(out/'prompts.txt', '\n'.join(prompts)+'\n')
+    files = {i: f'{i:04d}.png' for i, ok in enumerate(whole) if ok}
+    for i, name in files.items(): write_whole(out/name, as_png(pictures[i]))
+    write_grid(pictures, out/'grid.png')
+    write_prompts(out/'prompts.jsonl', [prompts[i] for i in files], list(files.values()))
     if not all(whole):
         first = whole.index(False)
         raise ValueError(f'sample: {whole.count(False)} of {len(whole)} pictures are not finite, the first is '
