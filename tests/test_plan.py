@@ -275,3 +275,11 @@ def test_wrong_requests(kw, message):
 
 def test_a_folder_that_is_no_pipeline(tmp_path):
     with pytest.raises(ValueError, match='unet/config.json'): plan(str(tmp_path))
+
+
+def test_the_command_line(capsys):
+    "As the README types it, and without a model"
+    from diffusion_sharpening.commands import cli
+    for args in (['--model', 'sdxl', '--method', 'rlhf', '--px', '512', '--device', 'h200'], []):
+        assert cli.run(['plan', *args]) == 0
+        assert 'fits' in capsys.readouterr().out
