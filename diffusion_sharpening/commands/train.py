@@ -188,16 +188,17 @@ def train(
     asked = record(method=method, changes=changes, run=uuid.uuid4().hex[:12], **given)
     with taken(output_folder(asked.pop('out'))) as folder: return fine_tune(folder, asked)
 
-# %% ../../nbs/13_commands/08_train.ipynb #4ddfbcab
+# %% ../../nbs/13_commands/08_train.ipynb #3fe9df18
 OPTIONS = {k: o.default for k, o in inspect.signature(train).parameters.items() if o.kind != o.VAR_KEYWORD}
 
 def _typed(given): return {k: v for k, v in given.items() if v != OPTIONS[k]}
 
 def all_settings(asked:dict # Record of a run
-                )->dict: # Name → value, of run and method
+                )->dict: # `run.NAME` and `method.NAME` → value
     "The settings that a record amounts to"
     run, method = settings(asked['method'], asked['preset'], **asked['changes'])
-    return asdict(run) | asdict(method)
+    parts = dict(run=asdict(run), method=asdict(method))
+    return {f'{part}.{k}': v for part, o in parts.items() for k, v in o.items()}
 
 # %% ../../nbs/13_commands/08_train.ipynb #ede3b9ec
 def _continue(method, folder, typed): # The report of a run that goes on, or has been finished
