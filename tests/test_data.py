@@ -356,6 +356,7 @@ from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
 from diffusion_sharpening.training.run import settings
+from diffusion_sharpening.data.sources import StoredPictures
 from diffusion_sharpening.training.loop import train
 
 
@@ -412,8 +413,9 @@ def test_sft_learns_from_any_pairs(xl, tmp_path, name, preset):
     made = []
     for folder in (None, 'c', 'c'):
         d = load(xl); ps = image_pairs(str(texts_beside(tmp_path/'s')), 64)
-        run, cfg = settings(name, preset, steps=2, batch=2, rank=2, S=3, **({} if preset == 'plain' else dict(n=2, m=2)))
-        train(d, name, Bright(), ps.captions, run, cfg, Latents(ps, d, folder and tmp_path/folder))
+        run, method = settings(name, preset, steps=2, batch=2, rank=2, **({} if preset == 'plain' else dict(n=2, m=2, S=3)))
+        source = StoredPictures(d, Latents(ps, d, folder and tmp_path/folder), run.batch, run.seed)
+        train(d, method, Bright(), source, run)
         made.append({k: v.detach().clone() for k, v in d.policies.named['policy'].items()})
     assert all(torch.equal(v, o[k]) for o in made[1:] for k, v in made[0].items())
 

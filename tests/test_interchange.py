@@ -166,6 +166,32 @@ def test_bad_files(folders, tmp_path, kind, message):
     assert '\n' not in str(e.value) and not (tmp_path/'out').exists()
 
 
+@pytest.mark.parametrize('more', ['dora_scale', 'lora_mid.weight', 'diff_b', 'diff', 'hada_w1_a', 'strength'])
+def test_what_is_more_than_lora_is_refused(folders, tmp_path, more):
+    "Dropping it would change the picture without a word"
+    file = to_kohya(tuned(folders/'sd', tmp_path/'run'), tmp_path/'a.safetensors', str(folders/'sd'))
+    w = load_file(file)
+    name = next(iter(w)).split('.')[0]
+    save_file(w | {f'{name}.{more}': torch.ones(1)}, file)
+    with pytest.raises(ValueError, match=f'found 1 others, the first is {name}.{more}') as e:
+        from_kohya(file, tmp_path/'out', str(folders/'sd'))
+    assert '\n' not in str(e.value) and not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('down', ['.lora.down.', '_lora.down.'], ids=['layers', 'processors'])
+def test_layouts_of_training_scripts(folders, tmp_path, down):
+    "`to_q.lora.down.weight`, and `processor.to_q_lora.down.weight` before that"
+    lora = tuned(folders/'sd', tmp_path/'run')
+    def name(k):
+        layer, side = k.removesuffix('.weight').rsplit('.lora_', 1)
+        if down[0] == '_':
+            block, attn = layer.replace('.to_out.0', '.to_out').rsplit('.', 1)
+            layer = f'{block}.processor.{attn}'
+        return f"unet.{layer}{down if side == 'A' else down.replace('down', 'up')}weight"
+    save_file({name(k): v for k, v in read_lora(lora)[0].items()}, tmp_path/'script.safetensors')
+    assert same(lora, from_kohya(tmp_path/'script.safetensors', tmp_path/'back', str(folders/'sd')))
+
+
 # Runs
 
 @pytest.fixture

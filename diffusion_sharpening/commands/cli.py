@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'KINDS', 'Argument', 'ARGUMENTS', 'Command', 'found', 'arguments', 'Parser', 'text', 'about', 'parser',
-           'usage', 'settings_of', 'help_of', 'first_process', 'run', 'Ended', 'ending', 'exit_code', 'main']
+           'usage', 'settings_of', 'help_of', 'run', 'Ended', 'ending', 'exit_code', 'main']
 
 # %% ../../nbs/13_commands/14_cli.ipynb #81734269
 import argparse, ast, importlib, io, json, os, signal, sys, threading, tokenize
@@ -172,13 +172,7 @@ def _arguments(name, argv): # What the function is called with, and whether JSON
     if a.get('resume') == '': a['resume'] = a.get('out', default)     # alone: the run in --out
     return a | more, as_json
 
-# %% ../../nbs/13_commands/14_cli.ipynb #2c7d09d2
-def first_process()->bool:
-    "Is this the only process, or the first of several?"
-    dist = getattr(sys.modules.get('torch'), 'distributed', None)
-    return not (dist and dist.is_available() and dist.is_initialized() and dist.get_rank())
-
-# %% ../../nbs/13_commands/14_cli.ipynb #d4c74808
+# %% ../../nbs/13_commands/14_cli.ipynb #8e00e31c
 def run(argv:list # Arguments without the program's name
        )->int: # Exit code
     "Run one command"
@@ -193,18 +187,19 @@ def run(argv:list # Arguments without the program's name
     does = COMMANDS[name].does
     if 'resume' in kwargs: does, kwargs['folder'] = COMMANDS[name].resumes, kwargs.pop('resume')
     res = found(does)(**kwargs)
+    from diffusion_sharpening.commands.load import first_process
     if first_process():
         says = found(COMMANDS[name].says) if COMMANDS[name].says else lambda _: ''
         shown = json.dumps(res, indent=1) if as_json else says(res)
         if shown: print(shown)
     return stop_code(res['stopped']) if isinstance(res, dict) and 'stopped' in res else 0
 
-# %% ../../nbs/13_commands/14_cli.ipynb #af6887b3
+# %% ../../nbs/13_commands/14_cli.ipynb #d4c74808
 class Ended(BaseException):
     "A signal asked the program to end: exit code `code`"
     def __init__(self, code): self.code = code
 
-# %% ../../nbs/13_commands/14_cli.ipynb #a4c43d76
+# %% ../../nbs/13_commands/14_cli.ipynb #7cdb0a87
 @contextmanager
 def ending():
     "Within the block SIGTERM and SIGHUP raise `Ended`, so that what was begun is cleaned up"
@@ -215,12 +210,12 @@ def ending():
     finally:
         for s, h in old.items(): signal.signal(s, h)
 
-# %% ../../nbs/13_commands/14_cli.ipynb #908494f4
+# %% ../../nbs/13_commands/14_cli.ipynb #ae6504dd
 def _closed_pipe(): # Nobody reads any more: nothing may be written at exit either
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
 
-# %% ../../nbs/13_commands/14_cli.ipynb #c2eee28c
+# %% ../../nbs/13_commands/14_cli.ipynb #af6887b3
 def exit_code(argv:list # Arguments without the program's name
              )->int: # 0; 2: wrong input; 1: the machine refuses; 128 + n: signal n
     "Run one command, and say in one line what goes wrong"
@@ -236,7 +231,7 @@ def exit_code(argv:list # Arguments without the program's name
     print(f'sharpen: {why[1]}', file=sys.stderr)
     return why[0]
 
-# %% ../../nbs/13_commands/14_cli.ipynb #cdad3905
+# %% ../../nbs/13_commands/14_cli.ipynb #a4c43d76
 def main(argv:list=None): # Arguments without the program's name; None: those of the process
     "The console script: errors in the input are one line and exit code 2"
     for f in (sys.stdout, sys.stderr):

@@ -167,16 +167,17 @@ def run_weights(run_dir, # Folder of a training
                 rep:dict # Its report
                )->bool: # A pipeline rather than a LoRA? `ValueError` if the weights are not the report's
     "Check that the weights of a run are those that were measured"
-    full = rep.get('settings', {}).get('run', {}).get('rank', 1) == 0
-    name, other = ('model', lora_file) if full else (lora_file, 'model')
-    if os.path.lexists(Path(run_dir)/other):
-        raise ValueError(f'run: {run_dir}/{other} is not of the run in report.json, which has {name}; '
+    run_dir, told = Path(run_dir), rep.get('weights')
+    there = [n for n in (lora_file, 'model') if os.path.lexists(run_dir/n)]
+    # earlier reports have no sums
+    name = next(iter(told)).split('/')[0] if told else (there or [lora_file])[0]
+    if other := [n for n in there if n != name]:
+        raise ValueError(f'run: {run_dir}/{other[0]} is not of the run in report.json, which has {name}; '
                          'move it away')
-    if not os.path.lexists(Path(run_dir)/name):
-        raise ValueError(f'run: expected {name} in {run_dir}, found none')
-    if 'weights' in rep and sums(run_dir, name) != rep['weights']:
+    if not there: raise ValueError(f'run: expected {name} in {run_dir}, found none')
+    if told and sums(run_dir, name) != told:
         raise ValueError(f'run: {run_dir}/{name} is not what report.json tells of: its SHA-256 differs')
-    return full
+    return name == 'model'
 
 # %% ../../nbs/13_commands/01_interchange.ipynb #a21a8ef4
 LAYOUTS = 'diffusers', 'kohya'

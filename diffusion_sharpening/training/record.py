@@ -87,7 +87,7 @@ def _refuse(name, was, now):
     raise ValueError(f'resume: {name} was {was!r} when this run was started, and is {now!r} now; '
                      'leave it out, or start another run with another --out')
 
-# %% ../../nbs/12_training/10_record.ipynb #d5efc29f
+# %% ../../nbs/12_training/10_record.ipynb #2b587419
 def going_on(was:dict, # The record of a run
              typed:dict, # Options that were given beside `--resume`; settings under `changes`
              effective # Function of a record that gives all its settings, name → value
@@ -99,5 +99,5 @@ def going_on(was:dict, # The record of a run
     asked['changes'] = was.get('changes', {}) | typed.get('changes', {})
     old, new = effective(was), effective(asked)
     for k in sorted(old.keys() | new.keys()):
-        if k not in FREE and old.get(k) != new.get(k): _refuse(k, old.get(k), new.get(k))
+        if k.split('.')[-1] not in FREE and old.get(k) != new.get(k): _refuse(k, old.get(k), new.get(k))
     return asked

@@ -1,0 +1,234 @@
+"The folder of a run: whose it is, what is refused there, and that nothing of anybody is lost"
+import signal, subprocess, sys, time
+
+import pytest, torch
+from safetensors.torch import load_file
+
+pytest.importorskip('diffusers')
+from diffusion_sharpening.commands.interchange import export, push
+from diffusion_sharpening.commands.train import resume, train
+from diffusion_sharpening.models.lora import lora_file
+from diffusion_sharpening.models.tiny import tiny_sdxl
+from diffusion_sharpening.training.checkpoints import checkpoints
+from diffusion_sharpening.training.folder import describe, read_report, read_run
+
+torch.set_num_threads(1)
+PROMPTS = ['a red circle', 'a blue square', 'a green star', 'a plain heart']
+CODE = 'def bright(images, prompts): return images.mean((1, 2, 3))\n'
+LATER = '''import os
+from pathlib import Path
+def bright(images, prompts):
+    calls = Path(__file__).with_name('calls')
+    n = len(calls.read_text()) if calls.exists() else 0
+    calls.write_text('.'*(n+1))
+    if n == 2 and not Path(__file__).with_name('mended').exists(): raise OSError('the server is away')
+    return images.mean((1, 2, 3))
+'''
+small = dict(heldout=0, batch=2, n=2, S=3, rank=2, checkpoint_every=1)
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "A tiny SDXL pipeline, prompts and a reward"
+    d = tmp_path_factory.mktemp('made')
+    tiny_sdxl(d/'xl', words=PROMPTS)
+    (d/'prompts.txt').write_text('\n'.join(PROMPTS))
+    (d/'mine.py').write_text(CODE)
+    return d
+
+
+def go(made, out, steps=2, code='mine.py', **more):
+    asked = dict(model=str(made/'xl'), reward=f'{made/code}:bright', prompts=str(made/'prompts.txt'))
+    return train('rlhf', out=str(out), steps=steps, **{**asked, **small, **more})
+
+
+def lora(d):
+    "Weights as bytes; the header of a file may order its lines in any way"
+    return {k: v.numpy().tobytes() for k, v in load_file(d/lora_file).items()}
+
+
+def inside(d): return {p.relative_to(d).as_posix(): p.read_bytes() for p in d.rglob('*') if p.is_file()}
+
+
+@pytest.fixture(scope='module')
+def finished(made, tmp_path_factory):
+    out = tmp_path_factory.mktemp('runs')/'a'
+    go(made, out)
+    return out
+
+
+# Whose the folder is
+
+def test_a_finished_run_is_not_overwritten(made, finished):
+    before = inside(finished)
+    with pytest.raises(ValueError, match='a finished run of rlhf; train it longer with --steps N --resume'):
+        go(made, finished, seed=1)
+    assert inside(finished) == before
+
+
+THEIRS = 'checkpoints/mine.safetensors', 'model/config.json', 'report.json', lora_file
+
+
+@pytest.mark.parametrize('name', THEIRS)
+def test_files_of_somebody_else_survive(made, tmp_path, monkeypatch, name):
+    "Also where the output folder is the current one"
+    file = tmp_path/name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('mine')
+    monkeypatch.chdir(tmp_path)
+    for out in (tmp_path, ''):
+        with pytest.raises(ValueError, match=f'has {name.split("/")[0]}, not of a run of this library'):
+            go(made, out)
+    assert inside(tmp_path) == {name: b'mine'}
+
+
+def test_files_of_other_names_may_stay(made, tmp_path):
+    (tmp_path/'notes.txt').write_text('mine')
+    go(made, tmp_path, steps=1)
+    assert (tmp_path/'notes.txt').read_text() == 'mine' and read_report(tmp_path)
+
+
+def test_damaged_checkpoints_survive(made, tmp_path):
+    for k in (1, 2):
+        d = tmp_path/f'checkpoints/step-0000000{k}'
+        d.mkdir(parents=True)
+        (d/'weights.safetensors').write_bytes(b'half')
+    before = inside(tmp_path)
+    with pytest.raises(ValueError, match='holds a damaged run'): go(made, tmp_path)
+    with pytest.raises(ValueError, match='no whole checkpoint'): resume('rlhf', tmp_path)
+    assert inside(tmp_path) == before
+
+
+def test_second_process_is_refused(made, tmp_path):
+    code = 'import sys, time\nfrom diffusion_sharpening.training.folder import locked\n' \
+           'with locked(sys.argv[1]): print("in", flush=True); time.sleep(60)'
+    p = subprocess.Popen([sys.executable, '-c', code, str(tmp_path/'a')], stdout=subprocess.PIPE, text=True)
+    try:
+        assert p.stdout.readline() == 'in\n'
+        with pytest.raises(ValueError, match=f'in use by process {p.pid}; wait'): go(made, tmp_path/'a')
+    finally: p.kill(); p.wait()
+    assert go(made, tmp_path/'a', steps=1)['batches'] == 1          # the lock of a dead process is taken over
+    assert not (tmp_path/'a/.sharpen.lock').exists()
+
+
+def test_refused_before_anything_is_made(made, tmp_path):
+    wrong = (dict(clip=-1.), 'clip'), (dict(reward='clpi'), 'clip'), (dict(preset='papr'), 'paper')
+    for more, why in wrong:
+        with pytest.raises(ValueError, match=why): go(made, tmp_path/'deep/out', **more)
+    assert not list(tmp_path.iterdir())
+
+
+# Going on
+
+def test_refused_resume_changes_nothing(made, finished):
+    before = inside(finished)
+    odd = dict(reward='clip', prompts='shapes', model='shapes', preset='paper', heldout=3, out='elsewhere',
+               lr=1e-3)
+    for k, v in odd.items():
+        with pytest.raises(ValueError, match='resume: '): resume('rlhf', finished, **{k: v})
+    with pytest.raises(ValueError, match='resume: method was'): resume('sft', finished)
+    with pytest.raises(ValueError, match='2 batches are done'): resume('rlhf', finished, steps=1)
+    assert inside(finished) == before
+
+
+def test_finished_stays_finished(finished, capsys):
+    before = inside(finished)
+    assert resume('rlhf', finished, reward=read_run(finished)['reward'])['batches'] == 2
+    assert 'is finished' in capsys.readouterr().out and inside(finished) == before
+
+
+@pytest.mark.parametrize('run_json', ['', None, '[]'])
+def test_one_record_is_enough(made, tmp_path, run_json):
+    "A kill that left run.json empty, or without it: the checkpoints know"
+    go(made, tmp_path)
+    (tmp_path/'report.json').unlink()
+    if run_json is None: (tmp_path/'run.json').unlink()
+    else: (tmp_path/'run.json').write_text(run_json)
+    assert resume('rlhf', tmp_path, steps=3)['batches'] == 3
+    assert read_run(tmp_path)['changes']['steps'] == 3
+
+
+def test_unfinished_until_the_report_is_whole(made, tmp_path, monkeypatch):
+    "An error after the training, in the evaluation: the LoRA is there, and the training is not made again"
+    import diffusion_sharpening.commands.train as T
+    def dies(*args): raise OSError('killed here')
+    with monkeypatch.context() as m:
+        m.setattr(T, 'write_results', dies)
+        with pytest.raises(OSError): go(made, tmp_path)
+    kept = lora(tmp_path)
+    assert describe(tmp_path) == 'a run of rlhf that was stopped after batch 2'
+    with pytest.raises(ValueError, match='stopped after batch 2; go on with it: --resume'): go(made, tmp_path)
+    rep = resume('rlhf', tmp_path)
+    assert rep['batches'] == 2 and lora(tmp_path) == kept
+    assert len((tmp_path/'metrics.jsonl').read_text().splitlines()) == 2
+
+
+def test_error_saves_and_goes_on_when_mended(made, tmp_path, capsys):
+    "A reward that fails once: nothing is lost, and the end is the same as without the error"
+    (tmp_path/'code').mkdir()
+    (tmp_path/'code/later.py').write_text(LATER)
+    with pytest.raises(ValueError, match='the server is away'):
+        go(tmp_path, tmp_path/'a', 4, 'code/later.py', model=str(made/'xl'), prompts=str(made/'prompts.txt'),
+           checkpoint_every=0)
+    assert 'saved after batch 2' in capsys.readouterr().out
+    (tmp_path/'code/mended').touch()
+    assert resume('rlhf', tmp_path/'a')['batches'] == 4
+    go(made, tmp_path/'b', 4)
+    assert lora(tmp_path/'a') == lora(tmp_path/'b')
+
+
+def test_what_changed_is_said(made, tmp_path, capsys):
+    "Edited code of a reward, and another number of threads"
+    (tmp_path/'mine.py').write_text(CODE)
+    more = dict(reward=f'{tmp_path}/mine.py:bright')
+    go(made, tmp_path/'a', **more)
+    (tmp_path/'mine.py').write_text(CODE.replace('(1, 2, 3))', '(1, 2, 3))**2'))
+    resume('rlhf', tmp_path/'a', steps=3)
+    said = capsys.readouterr().out
+    assert 'resume: reward.code was ' in said and 'may differ from that of an uninterrupted run' in said
+
+
+def test_from_another_folder(made, tmp_path, monkeypatch):
+    "A run that was started with relative paths goes on from anywhere"
+    monkeypatch.chdir(made)
+    train('rlhf', 'xl', 'mine.py:bright', 'prompts.txt', str(tmp_path/'a'), steps=1, **small)
+    monkeypatch.chdir(tmp_path)
+    assert resume('rlhf', 'a', steps=2)['batches'] == 2
+
+
+# What is published
+
+def test_weights_of_another_run_are_not_published(finished, tmp_path):
+    import shutil
+    shutil.copytree(finished, tmp_path/'a')
+    assert lora_file in push(tmp_path/'a', 'me/x', dry_run=True)['files']
+    (tmp_path/'a/model').mkdir()
+    with pytest.raises(ValueError, match='model is not of the run'): push(tmp_path/'a', 'me/x', dry_run=True)
+    (tmp_path/'a/model').rmdir()
+    (tmp_path/'a'/lora_file).write_bytes(b'older')
+    for f in (export, lambda d: push(d, 'me/x', dry_run=True)):
+        with pytest.raises(ValueError, match='SHA-256 differs'): f(tmp_path/'a')
+
+
+def test_report_without_paths(finished, made):
+    out = push(finished, 'me/x', dry_run=True)
+    assert not any(str(o) in out['card'] for o in (made, finished)) and 'mine.py:bright' in out['card']
+
+
+@pytest.mark.slow
+def test_killed_in_a_real_process(made, tmp_path):
+    "SIGKILL after a checkpoint: the same command says how to go on, and going on ends in the same bits"
+    go(made, tmp_path/'whole', 6)
+    args = ['--model', made/'xl', '--reward', f'{made}/mine.py:bright', '--prompts', made/'prompts.txt',
+            '--heldout', 0]
+    pairs = [f'{k}={v}' for k, v in small.items() if k != 'heldout']
+    cmd = [sys.executable, '-m', 'diffusion_sharpening', 'train', 'rlhf', *args, '--out', tmp_path/'a',
+           '--steps', 6, '--set', *pairs]
+    p = subprocess.Popen([*map(str, cmd)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while p.poll() is None and not checkpoints(tmp_path/'a/checkpoints'): time.sleep(.02)
+    p.send_signal(signal.SIGKILL)
+    p.wait()
+    again = subprocess.run([*map(str, cmd)], capture_output=True, text=True)
+    assert again.returncode == 2 and f'go on with it: --resume {tmp_path}/a' in again.stderr
+    resume('rlhf', tmp_path/'a')
+    assert lora(tmp_path/'a') == lora(tmp_path/'whole')
