@@ -84,7 +84,7 @@ bad = {
     'empty prompts': (train + ' --prompts {tmp}/empty', 'no prompt'),
     'blank prompts': (train + ' --prompts {tmp}/blank', 'no prompt'),
     'no candidates': (train + ' --set n=0', 'n: expected at least'),
-    'one candidate': (train + ' --set n=1', 'at least 2 candidates'),
+    'one candidate': (train + ' --set n=1', 'n: expected at least 2'),
     'no prompts per batch': (train + ' --set batch=0', 'batch: expected at least 1'),
     'negative steps': (train + ' --steps -1', 'steps: expected at least 0'),
     'negative heldout': (train + ' --heldout -1', 'heldout: expected'),
