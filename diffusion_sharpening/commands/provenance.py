@@ -30,7 +30,7 @@ def _git(here, *args):
 
 # %% ../../nbs/13_commands/05_provenance.ipynb #cde153c9
 def commit(package=Path(diffusion_sharpening.__file__).resolve().parent # Folder of the package
-          )->tuple: # Commit, and whether its files are as committed; `(None, None)` outside its own repository
+          )->tuple: # Commit, and whether files are as committed; two None outside its repository
     "The commit of this library"
     top = _git(package, 'rev-parse', '--show-toplevel')
     tracked = _git(package, 'ls-files', '--error-unmatch', '__init__.py')

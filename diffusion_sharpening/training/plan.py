@@ -381,8 +381,9 @@ def device_here(model)->Device: # Peaks are 0 for a GPU that is not in `DEVICES`
 class Plan(Callback):
     "The batch arithmetic, printed as a training begins, and the chunk it needs; then candidates per second"
     order = 10
-    def __init__(self, what, heldout=0, S_eval=20): # Model and method in words; the evaluation, to be priced
-        self.what, self.evaluation = what, dict(heldout=heldout, S_eval=S_eval)
+    # Model and method in words; the evaluation, to be priced; print the plan?
+    def __init__(self, what, heldout=0, S_eval=20, show=True):
+        self.what, self.show, self.evaluation = what, show, dict(heldout=heldout, S_eval=S_eval)
 
     def start(self, s):
         d, self.at, dev = s.model, s.seconds, device_here(s.model)
@@ -391,7 +392,7 @@ class Plan(Callback):
                               s.seconds/s.k if s.k else None, world=s.world, **self.evaluation)
         got = {r['name']: r['value'] for r in self.rows}
         self.tflop, self.peak, s.run.micro = got['tflop']/s.world, dev.peak(s.run.precision), got['micro']
-        print(plan_table(self.rows))
+        if self.show: print(plan_table(self.rows))
 
     def update(self, s):
         dt, self.at = s.seconds - self.at, s.seconds
