@@ -99,7 +99,7 @@ bad = {
     'broken config': (train + ' --config {tmp}/broken', 'config: '),
     'config that is a list': (train + ' --config {tmp}/array', 'expected an object'),
     'no such setting in config': (train + ' --config {tmp}/wrong', "you mean 'beta'"),
-    'pictures that are not there': (train.replace('rlhf', 'sft'), 'image-caption pairs'),
+    'pictures that are not there': (train.replace('rlhf', 'sft --preset plain'), 'image-caption pairs'),
     'no pictures to make': ('sample --model {xl} --out {out} --n 0', 'n: expected'),
     'no sampler steps': ('sample --model {xl} --out {out} --S 0', 'S: expected'),
     'guidance below one': ('sample --model {xl} --out {out} --guidance .5', 'guidance: expected'),
@@ -163,7 +163,7 @@ def test_reward_that_breaks_later(xl, tmp_path, monkeypatch, capsys):
     args = ['--model', xl, '--out', tmp_path/'out', '--heldout', 0, '--steps', 5, '--set', *small]
     assert call(monkeypatch, 'train', 'rlhf', *args) == 2
     one_line(capsys.readouterr().err.splitlines(True)[-1], 'flawed: ')
-    assert sorted(o.name for o in (tmp_path/'out').iterdir()) == ['checkpoints', 'metrics.jsonl', 'run.json']
+    assert sorted(o.name for o in (tmp_path/'out').iterdir()) == ['checkpoints', 'manifest.json', 'metrics.jsonl', 'run.json']
     assert len((tmp_path/'out/metrics.jsonl').read_text().splitlines()) == 2
 
 
@@ -184,8 +184,9 @@ def test_methods_and_rewards_are_json(capsys):
     assert cli.run(['methods', '--json']) == 0
     found = {m['name']: m for m in strict(capsys.readouterr().out)}
     assert {'sft', 'rlhf'} <= set(found)
+    assert all({'paper', 'released', 'default'} <= set(found[m]['presets']) for m in ('sft', 'rlhf'))
     for m in found.values():
-        assert {'paper', 'released', 'default'} <= set(m['presets'])
+        assert 'default' in m['presets']
         assert m['about'] and all(o['about'] for o in m['settings'])
     assert cli.run(['rewards', '--json']) == 0
     found = {r['name']: r for r in strict(capsys.readouterr().out)}
@@ -341,11 +342,10 @@ def test_embedded_rewards_are_usable(capsys):
 
 def test_embedded_model_trains_on_clip(tmp_path, monkeypatch):
     "The main job in small: learned reward, exam beside it"
-    args = ['--heldout', 12, '--S-eval', 4, '--steps', 1, '--out', tmp_path/'out', '--set',
-            'batch=2', 'n=2', 'S=4']
+    args = ['--heldout', 12, '--S-eval', 4, '--steps', 1, '--set', 'batch=2', 'n=2', 'S=4']
     for method in ('rlhf', 'sft'):
-        assert call(monkeypatch, 'train', method, *args) == 0
-        rep = strict((tmp_path/'out/report.json').read_text())
+        assert call(monkeypatch, 'train', method, '--out', tmp_path/method, *args) == 0
+        rep = strict((tmp_path/method/'report.json').read_text())
         check_report(rep)
         assert rep['nfe_per_image']['after'] == 4 and rep['reward'] == 'clip'
 
