@@ -99,7 +99,7 @@ bad = {
     'broken config': (train + ' --config {tmp}/broken', 'config: '),
     'config that is a list': (train + ' --config {tmp}/array', 'expected an object'),
     'no such setting in config': (train + ' --config {tmp}/wrong', "you mean 'beta'"),
-    'pictures that are not there': (train.replace('rlhf', 'sft --preset paper') + ' m=2', 'image-caption pairs'),
+    'pictures that are not there': (train.replace('rlhf', 'sft --preset paper') + ' S=5', 'image-caption pairs'),
     'no pictures to make': ('sample --model {xl} --out {out} --n 0', 'n: expected'),
     'no sampler steps': ('sample --model {xl} --out {out} --S 0', 'S: expected'),
     'guidance below one': ('sample --model {xl} --out {out} --guidance .5', 'guidance: expected'),
