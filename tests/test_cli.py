@@ -163,7 +163,8 @@ def test_reward_that_breaks_later(xl, tmp_path, monkeypatch, capsys):
     args = ['--model', xl, '--out', tmp_path/'out', '--heldout', 0, '--steps', 5, '--set', *small]
     assert call(monkeypatch, 'train', 'rlhf', *args) == 2
     one_line(capsys.readouterr().err.splitlines(True)[-1], 'flawed: ')
-    assert sorted(o.name for o in (tmp_path/'out').iterdir()) == ['checkpoints', 'manifest.json', 'metrics.jsonl', 'run.json']
+    there = sorted(o.name for o in (tmp_path/'out').iterdir())
+    assert there == ['checkpoints', 'manifest.json', 'metrics.jsonl', 'run.json']
     assert len((tmp_path/'out/metrics.jsonl').read_text().splitlines()) == 2
 
 
@@ -308,9 +309,11 @@ def test_alarms_are_in_the_report(xl, tmp_path, monkeypatch):
     asked = []
     def ring(images, reference): asked.append((images, reference)); return ['pictures are darker']
     monkeypatch.setattr(reports, 'alarms', ring)
-    rep = command.train('rlhf', 'shapes', 'clip', out=str(tmp_path/'out'), heldout=12, S_eval=1, steps=20, n=2, S=2, batch=2, rank=2, lr=.03)
+    rep = command.train('rlhf', 'shapes', 'clip', out=str(tmp_path/'out'), heldout=12, S_eval=1, steps=20, n=2,
+                        S=2, batch=2, rank=2, lr=.03)
     seen = strict((tmp_path/'out/report.json').read_text())['alarms']
-    assert seen == rep['alarms'] and seen['rang'][0] == 'pictures are darker' and {'image/brightness', 'held-out/checker'} <= set(seen['watched'])
+    assert seen == rep['alarms'] and seen['rang'][0] == 'pictures are darker'
+    assert {'image/brightness', 'held-out/checker'} <= set(seen['watched'])
     after, before = asked[0]
     assert after.shape == before.shape == (12, 3, 64, 64) and not after.equal(before)
     rows = [json.loads(l) for l in (tmp_path/'out/metrics.jsonl').read_text().splitlines()]
@@ -357,10 +360,12 @@ def readme_commands():
     text = (Path(__file__).parents[1]/'README.md').read_text(encoding='utf-8')
     lines = [l.split('#')[0].split() for l in text.splitlines() if l.startswith('sharpen ')]
     less = {'--steps': {'100': '1', '200': '2'}}
-    more = dict(train=['--heldout', '2', '--S-eval', '1'], sample=['--n', '2', '--S', '1'], evaluate=['--n', '2', '--S', '1'])
+    few = ['--n', '2', '--S', '1']
+    more = dict(train=['--heldout', '2', '--S-eval', '1'], sample=few, evaluate=few)
     for l in lines:
         l = [less.get(a, {}).get(b, b) for a, b in zip(['', *l], l)]
-        if l[1] == 'train' and '--resume' not in l: l += [*more['train'], '--set', 'n=2', 'S=2', 'batch=2', 'rank=2']
+        if l[1] == 'train' and '--resume' not in l:
+            l += [*more['train'], '--set', 'n=2', 'S=2', 'batch=2', 'rank=2']
         yield l[1:] + more.get(l[1], [])*(l[1] != 'train')
 
 
@@ -379,9 +384,11 @@ def test_each_command(trained, tmp_path, monkeypatch, capsys):
     "export, push, score, plan, methods, rewards and serve-reward, from the command line to what they print"
     run, pics = trained[0], tmp_path/'pics'
     assert call(monkeypatch, 'sample', '--lora', run, '--out', pics, '--n', 2, '--S', 1) == 0   # model: the run's own
-    lines = [('export', run, '--out', tmp_path/'x.safetensors'), ('export', run, '--layout', 'diffusers', '--out', tmp_path),
+    lines = [('export', run, '--out', tmp_path/'x.safetensors'),
+             ('export', run, '--layout', 'diffusers', '--out', tmp_path),
              ('push', run, 'me/sharp', '--dry-run'), ('plan', '--model', 'shapes', '--method', 'rlhf', '--json'),
-             ('score', '--images', pics, '--prompts', pics/'prompts.jsonl', '--reward', 'clip@shapes', '--out', tmp_path/'s'),
+             ('score', '--images', pics, '--prompts', pics/'prompts.jsonl', '--reward', 'clip@shapes',
+              '--out', tmp_path/'s'),
              ('methods',), ('rewards',), ('evaluate', '--lora', run, '--reward', 'clip@shapes', '--n', 2, '--S', 1)]
     for argv in lines:
         capsys.readouterr()
@@ -469,10 +476,11 @@ def test_ascii_terminal():
 
 
 long = 'x'*300
-@pytest.mark.parametrize('argv', ['sample --out {long} --n 1 --S 1', 'sample --lora {long} --model shapes --n 1 --out {out}',
-                                  'sample --prompts {long} --out {out}', 'sample --model {long} --out {out}',
-                                  'train rlhf --config {long} --out {out}', 'train rlhf --out {long} --heldout 0',
-                                  'score --images {long} --prompts {long}', 'export {long}', 'plan --model {long}'])
+@pytest.mark.parametrize('argv', [
+    'sample --out {long} --n 1 --S 1', 'sample --lora {long} --model shapes --n 1 --out {out}',
+    'sample --prompts {long} --out {out}', 'sample --model {long} --out {out}',
+    'train rlhf --config {long} --out {out}', 'train rlhf --out {long} --heldout 0',
+    'score --images {long} --prompts {long}', 'export {long}', 'plan --model {long}'])
 def test_names_that_are_too_long(tmp_path, monkeypatch, capsys, argv):
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, *argv.format(long=long, out=tmp_path/'out').split()) in (1, 2)
@@ -485,7 +493,8 @@ def test_disk_that_takes_no_more(tmp_path):
     import resource
     code = 'from diffusion_sharpening.commands.cli import main; main()'
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-    res = subprocess.run([sys.executable, '-B', '-c', code, 'sample', '--n', '1', '--S', '1', '--out', str(tmp_path/'o')],
+    argv = ['sample', '--n', '1', '--S', '1', '--out', str(tmp_path/'o')]
+    res = subprocess.run([sys.executable, '-B', '-c', code, *argv],
                          capture_output=True, text=True, preexec_fn=limit)
     assert res.returncode == 1 and 'Traceback' not in res.stderr and 'sharpen: ' in res.stderr, res.stderr
 
@@ -507,7 +516,8 @@ def test_seeds_of_64_bits(xl, tmp_path, monkeypatch, capsys):
     train = ['train', 'rlhf', '--model', xl, '--reward', 'checker!', '--heldout', 0, '--steps', 1]
     assert call(monkeypatch, *train, '--out', tmp_path/'b', '--set', *small, f'seed={2**64-1}') == 0
     capsys.readouterr()
-    for argv in (['sample', *args, '--seed', 2**64], ['evaluate', *args[:-2], '--reward', 'checker', '--seed', 2**64],
+    for argv in (['sample', *args, '--seed', 2**64],
+                 ['evaluate', *args[:-2], '--reward', 'checker', '--seed', 2**64],
                  [*train, '--out', tmp_path/'c', '--set', *small, f'seed={2**64}']):
         assert call(monkeypatch, *argv) == 2
         one_line(capsys.readouterr().err, 'seed: expected at most')
@@ -520,10 +530,14 @@ def test_own_prompts_are_split(xl, tmp_path, capsys):
     texts = [f'a red circle and {i} things' for i in range(10)]
     (tmp_path/'mine').write_text('\n'.join(texts))
     (tmp_path/'other').write_text('an oak\nan ash\n')
-    common = dict(model=xl, reward='clip@shapes', prompts=str(tmp_path/'mine'), S_eval=1, steps=1, n=2, S=2, batch=2, rank=2)
+    common = dict(model=xl, reward='clip@shapes', prompts=str(tmp_path/'mine'), S_eval=1, steps=1,
+                  n=2, S=2, batch=2, rank=2)
     seen = []
-    fit, command.fit = command.fit, lambda model, method, judge, source, *a: seen.append(source.prompts) or fit(
-        model, method, judge, source, *a)
+    fit = command.fit
+    def look(model, method, judge, source, *more):
+        seen.append(source.prompts)
+        return fit(model, method, judge, source, *more)
+    command.fit = look
     try:
         rep = command.train('rlhf', out=str(tmp_path/'a'), heldout=3, **common)
         other = command.train('rlhf', out=str(tmp_path/'b'), heldout_prompts=str(tmp_path/'other'), **common)
@@ -536,8 +550,8 @@ def test_an_exam_belongs_to_its_model(xl, tmp_path, monkeypatch, capsys):
     "Captions of Shapes with another model: no exam; a judge that cannot judge is refused before work"
     assert cli.run(['evaluate', '--model', xl, '--reward', 'clip@shapes', '--n', '2', '--S', '1', '--json']) == 0
     assert list(strict(capsys.readouterr().out)['judges']) == ['clip']
-    refused(monkeypatch, capsys, tmp_path/'out', 'checker', 'train', 'rlhf', '--model', xl, '--px', 128, '--reward', 'checker!',
-            '--heldout', 2, '--out', tmp_path/'out')
+    refused(monkeypatch, capsys, tmp_path/'out', 'checker', 'train', 'rlhf', '--model', xl, '--px', 128,
+            '--reward', 'checker!', '--heldout', 2, '--out', tmp_path/'out')
 
 
 def test_one_held_out_prompt_has_no_interval(xl, tmp_path, monkeypatch, capsys):
