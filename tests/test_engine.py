@@ -26,9 +26,9 @@ def xl(tmp_path_factory):
 
 def command(xl, out, *more, steps=3, batch=4, **settings):
     "A training of the tiny pipeline as a command line"
-    pairs = [f'{k}={v}' for k, v in (dict(batch=batch, n=2, S=3, rank=2, guidance=1, checkpoint_every=1) | settings).items()]
+    pairs = [f'{k}={v}' for k, v in (dict(batch=batch, n=2, S=3, rank=2, checkpoint_every=1) | settings).items()]
     return [str(a) for a in (*SHARPEN, 'train', 'rlhf', '--model', xl/'xl', '--reward', 'clip@shapes', '--prompts', xl/'prompts.txt',
-                             '--out', out, '--heldout', 0, '--steps', steps, *more, '--set', *pairs)]
+                             '--out', out, '--heldout', 0, '--guidance', 1, '--steps', steps, *more, '--set', *pairs)]
 
 
 def run(cmd): return subprocess.run(cmd, env=ENV, capture_output=True, text=True, timeout=240)
