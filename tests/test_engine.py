@@ -155,7 +155,8 @@ def test_resume_refuses_another_run(xl, alone):
     assert r.returncode == 2 and 'resume: run.lr was 0.0005' in r.stderr and 'Traceback' not in r.stderr
 
 
-def test_random_kills(tmp_path):
-    "Two runs killed at random moments; nbs/_dev/kill_runs.py does two hundred"
-    r = run([sys.executable, str(root/'nbs'/'_dev'/'kill_runs.py'), '--runs', '2', '--steps', '3', '--dry'])
-    assert r.returncode == 0 and '2 of 2 runs ended bit-identical' in r.stdout, r.stdout + r.stderr
+@pytest.mark.parametrize('method', ['contrast', pytest.param('sft_sharpening', marks=pytest.mark.slow)])
+def test_random_kills(method):
+    "Two runs killed at random moments; nbs/_dev/kill_runs.py does twenty of every method"
+    r = run([sys.executable, str(root/'nbs'/'_dev'/'kill_runs.py'), method, '--runs', '2', '--steps', '3', '--dry'])
+    assert r.returncode == 0 and 'runs ended bit-identical' in r.stdout, r.stdout + r.stderr
