@@ -1,4 +1,4 @@
-"Steers keep their contract on a diffusers network with prompts, candidates and guidance, as they do on the pages' toys"
+"Steers keep their contract on a diffusers network with prompts, candidates and guidance"
 import pytest, torch
 
 pytest.importorskip('diffusers')
@@ -64,7 +64,8 @@ ONE, TWO = fold(0, torch.arange(2)), stream(fold(0, torch.arange(2)), 'candidate
 
 
 @pytest.mark.parametrize('steer, seeds', [
-    (best_branch, ONE), (mixed_noise, ONE), (remembering(), ONE), (remembering(), TWO), (lambda m: None, TWO)])
+    (best_branch, ONE), (mixed_noise, ONE), (remembering(), ONE), (remembering(), TWO),
+    (lambda m: None, TWO)])
 def test_steers(net, steer, seeds):
     x = noise(seeds, START, net.item)
     check_steer(lambda rows: steer, net, x, net.grid(3), net.encode(PROMPTS), 1., seeds)
@@ -79,4 +80,5 @@ def test_steers(net, steer, seeds):
 def test_faults_are_found(net, bad, said):
     seeds = fold(0, torch.arange(2))
     with pytest.raises(AssertionError, match=said):
-        check_steer(lambda rows: bad, net, noise(seeds, START, net.item), net.grid(3), net.encode(PROMPTS), 1., seeds)
+        check_steer(lambda rows: bad, net, noise(seeds, START, net.item), net.grid(3), net.encode(PROMPTS),
+                    1., seeds)

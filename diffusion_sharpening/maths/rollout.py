@@ -160,12 +160,14 @@ def _watched(steer, told): # The steer, held to its contract at each step
         held = m.x, m.x0, m.eps, m.step.prev, m.step.mean
         was = [o.clone() for o in held]
         new, known = _steered(told.append(m.i) or steer(m), m.step)
-        assert new.shape == m.x.shape, f'step {m.i}: expected a state {tuple(m.x.shape)}, found {tuple(new.shape)}'
+        assert new.shape == m.x.shape, (
+            f'step {m.i}: expected a state {tuple(m.x.shape)}, found {tuple(new.shape)}')
         assert new.isfinite().all(), f'step {m.i}: the state is not finite'
         assert not new.requires_grad, f'step {m.i}: the state carries a gradient'
         assert all(map(torch.equal, was, held)), f'step {m.i}: the move was changed in place'
         for a, b in zip(known or (), m.ask(new, m.s.clamp(min=0)) if known else ()):
-            assert (a - b).abs().max() <= 1e-3*(1 + b.abs().max()), f'step {m.i}: other estimates than the model has'
+            assert (a - b).abs().max() <= 1e-3*(1 + b.abs().max()), (
+                f'step {m.i}: other estimates than the model has')
         return (new, known) if known else new
     return watched
 

@@ -200,7 +200,8 @@ def work_of(ask:dict, # From `evaluations`
     "Floating-point operations of one batch"
     F, V = units['rollout'].tflop, units['decode'].tflop
     decodes = ask['decode'] + 3*ask['decode with gradient']
-    return dict(rollout=ask['rollout']*F, old=ask['old']*F, reference=ask['reference']*units['reference'].tflop,
+    return dict(rollout=ask['rollout']*F, old=ask['old']*F,
+                reference=ask['reference']*units['reference'].tflop,
                 lesson=ask['lesson']*units['lesson'].total, decode=decodes*V)
 
 # %% ../../nbs/12_training/06_plan.ipynb #de370abe

@@ -2,11 +2,12 @@
 """Margin and held-out reward over the updates of every method and preset, on the embedded Shapes model:
 `python nbs/_dev/curves.py [METHOD …] [--updates 50]`
 
-The reward is the embedded CLIP. Watched every few updates: that reward and the exam on held-out captions, and the
-*margin*, one measure for all methods. For each held-out caption the base model has made four samples; the one of
-the highest reward is the winner, that of the lowest the loser. Both are noised with the same noise, and the
-margin is by how much more training has lowered the network's error on the winner than on the loser, relative
-(`log_ratio` of Diffusion-DPO without β). It is 0 before the first update. data/results/curves.json takes it all."""
+The reward is the embedded CLIP. Watched every few updates: that reward and the exam on held-out captions,
+and the *margin*, one measure for all methods. For each held-out caption the base model has made four
+samples; the one of the highest reward is the winner, that of the lowest the loser. Both are noised with the
+same noise, and the margin is by how much more training has lowered the network's error on the winner than
+on the loser, relative (`log_ratio` of Diffusion-DPO without β). It is 0 before the first update.
+data/results/curves.json takes it all."""
 import argparse, time
 from dataclasses import asdict
 import torch
@@ -79,7 +80,8 @@ def one(arm, a, world, judge, prompts):
     net = Denoiser.from_pretrained(model_path(WORLD), guidance=1., device='cpu')
     pairs = held_out_pairs(net, judge, prompts)
     run, method = settings(name, preset, batch=a.batch, seed=a.seed, ema=0., warmup=5)
-    if a.updates % method.updates: raise SystemExit(f'updates: expected a multiple of {method.updates} for {name}')
+    if a.updates % method.updates:
+        raise SystemExit(f'updates: expected a multiple of {method.updates} for {name}')
     run.steps, run.lr = a.updates//method.updates, FROM_PICTURES if method.needs_images else OWN
     if method.needs_images:
         things, texts = world.pairs(256, a.seed + 11)
@@ -109,6 +111,7 @@ def main():
     for name, arm in todo.items():
         print(name, flush=True)
         found[name] = one(arm, a, world, judge, prompts)
-    if not a.dry: write('curves', vars(a) | dict(model=WORLD, reward=judge.name, exam=world.exam.name, arms=found))
+    if not a.dry:
+        write('curves', vars(a) | dict(model=WORLD, reward=judge.name, exam=world.exam.name, arms=found))
 
 if __name__ == '__main__': main()

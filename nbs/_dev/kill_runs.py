@@ -128,7 +128,8 @@ def main():
         for i, (name, arm) in enumerate(todo.items()):
             (d/f'arm{i}').mkdir()
             found[name] = r = kill_arm(arm, d/'model', d/f'arm{i}', a.runs, a.steps, rng)
-            print(f"{name:28}{r['identical']:>4} of {r['runs']} bit-identical{r['kills']:>6} kills", flush=True)
+            print(f"{name:28}{r['identical']:>4} of {r['runs']} bit-identical{r['kills']:>6} kills",
+                  flush=True)
     total = {k: sum(r[k] for r in found.values()) for k in ('runs', 'identical', 'kills')}
     line = (f"{total['identical']} of {total['runs']} runs ended bit-identical to the uninterrupted one; "
             f"{total['kills']} kills; {time.time()-t0:.0f} s")
