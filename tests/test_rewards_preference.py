@@ -29,7 +29,8 @@ def colour_pairs(n):
         size = (40, 56) if i % 2 else (64, 64)
         return torch.tensor([r, .3, .3]).view(3, 1, 1).expand(3, *size).contiguous()
     def text(i):
-        return f"a {('red', 'blue')[i % 2]} circle and a {('star', 'heart', 'cross', 'square', 'triangle')[i % 5]}"
+        second = ('star', 'heart', 'cross', 'square', 'triangle')[i % 5]
+        return f"a {('red', 'blue')[i % 2]} circle and a {second}"
     reds = torch.rand(n, 2, generator=g).sort(1, descending=True).values.tolist()
     return [(text(i), flat(i, a), flat(i, b)) for i, (a, b) in enumerate(reds)]
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Pictures per second of every reward at small size, in batches and one by one: `throughput.py [--n 8] [--only
-clip,own]`
+"""Pictures per second of every reward at small size, in batches and one by one:
+`throughput.py [--n 8] [--only clip,own]`
 
 Models are small stand-ins of the true architecture, loaded by the class that users run, so the numbers
 compare the two ways of asking rather than rewards. *Batch*: one call with a tensor of `n` pictures. *One by
