@@ -21,7 +21,7 @@ class Contrast(Method):
     "Pull towards good samples and push from bad ones, seen from an old policy"
     n: int = within(8, 2)             # Samples per prompt
     S: int = within(10, 1)            # Sampler steps
-    eta: float = within(0., 0, 1)     # Fresh noise of each step
+    eta: float = within(-1., -1, 1)   # Fresh noise of each step; below 0: as the model samples
     beta: float = within(1., above=0) # How far the implicit policies lie from the old one
     updates: int = within(2, 1)       # Gradient updates on each batch
     old_rate: float = within(.3, 0, 1) # How fast the old policy follows
