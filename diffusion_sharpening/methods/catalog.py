@@ -24,7 +24,9 @@ from ..rewards.own import load_object
 METHODS = dict(
     standard=Standard, sft_sharpening=SFTSharpening, rlhf_sharpening=RLHFSharpening,
     branch_regression=BranchRegression, step_preference=StepPreference, online_dpo=OnlineDPO,
-    best_of_n=BestOfN, contrast=Contrast, ddpo=DDPO, flow_grpo=FlowGRPO)
+    best_of_n=BestOfN, contrast=Contrast,
+    ddpo=DDPO, flow_grpo=FlowGRPO,
+)
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #0dc577fa
 PRESETS = dict(
