@@ -74,7 +74,7 @@ class RewardMemory:
                  least:int=16 # Fewer do not count
                 ): self.size, self.least, self.known = size, least, {}
 
-    def merged(self, prompts:list, R:Tensor)->dict: # Key of a prompt → its last rewards; nothing is remembered yet
+    def merged(self, prompts:list, R:Tensor)->dict: # Key of a prompt → its last rewards
         "What would be known with the rewards `(n, B)` of these prompts"
         known = {}
         for p, r in zip(prompts, R.detach().float().cpu().T):
@@ -83,10 +83,11 @@ class RewardMemory:
         return known
 
     def advantages(self, prompts:list, R:Tensor)->Tensor: # `(n, B)`
-        "Rewards minus the mean of their prompt, divided by its standard deviation; of the batch where little is known"
+        "Rewards standardised by what is known of their prompt, or by the batch where that is little"
         known = self.merged(prompts, R)
         own = [k if len(k := known[prompt_key(p)]) >= self.least else R.flatten() for p in prompts]
-        mean, std = (torch.stack([f(k.to(R)) for k in own]) for f in (torch.mean, lambda k: k.std(correction=0)))
+        mean = torch.stack([k.mean() for k in own]).to(R)
+        std = torch.stack([k.std(correction=0) for k in own]).to(R)
         return (R - mean)/(std + 1e-6)
 
     def state(self)->dict:
@@ -136,7 +137,8 @@ class PolicyGradient(Method):
         tr = whole_paths(view, self.S, seeds, batch.cond, self.eta, self.coefs)
         R, pictures = at_end(view, judge, tr.end, batch.prompts)
         A, at = self.advantages(R, batch.prompts), trained_steps(tr.stds, seeds, self.share)
-        rows = step_rows(tr, at, self.summed) | dict(A=A.clamp(-self.largest, self.largest).flatten().repeat(len(at)))
+        kept = A.clamp(-self.largest, self.largest).flatten().repeat(len(at))
+        rows = step_rows(tr, at, self.summed) | dict(A=kept)
         log = summary(R) | dict(cut=(A.abs() > self.largest).float().mean())
         return Lesson(rows, repeated(batch.cond, len(at)*self.n), torch.ones_like(rows['A']), log, pictures)
 
