@@ -68,6 +68,7 @@ def prompt_key(text:str)->int: # Fits int64
     "A number for a prompt"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], 'big', signed=True)
 
+# %% ../../nbs/08_methods/20_policy_gradient.ipynb #5d5e77d5
 class RewardMemory:
     "The last rewards of each prompt"
     def __init__(self, size:int=32, # Rewards of a prompt that are remembered
