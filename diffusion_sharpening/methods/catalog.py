@@ -10,6 +10,8 @@ from ..basics.words import one_of
 from .best_of_n import BestOfN
 from .branch_regression import BranchRegression
 from .contrast import Contrast
+from .ddpo import DDPO
+from .flow_grpo import FlowGRPO
 from .online_dpo import OnlineDPO
 from .protocol import Method
 from .rlhf_sharpening import RLHFSharpening
@@ -22,7 +24,9 @@ from ..rewards.own import load_object
 METHODS = dict(
     standard=Standard, sft_sharpening=SFTSharpening, rlhf_sharpening=RLHFSharpening,
     branch_regression=BranchRegression, step_preference=StepPreference, online_dpo=OnlineDPO,
-    best_of_n=BestOfN, contrast=Contrast)
+    best_of_n=BestOfN, contrast=Contrast,
+    ddpo=DDPO, flow_grpo=FlowGRPO,
+)
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #0dc577fa
 PRESETS = dict(
@@ -39,7 +43,7 @@ def presets(name:str # A method, `sft`, `rlhf`, or `path/to/file.py:Method`
     name = one_of(name, [*PRESETS, *METHODS], 'method')
     if name in PRESETS: return PRESETS[name]
     made = METHODS[name]
-    return dict(default=made) | {k: getattr(made, k) for k in ('paper', 'released') if hasattr(made, k)}
+    return dict(default=made) | {k: getattr(made, k) for k in made.variants if hasattr(made, k)}
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #3f978005
 def _own(name):
