@@ -279,17 +279,16 @@ def plan(
     **changes # Settings of the method or the run
 )->list: # One dict per row: name, value, unit, about
     "What a training would cost, without training"
-    changes |= {k: v for k, v in dict(n=n, m=m).items() if v is not None}
-    run, made = settings(method, preset, **changes)
+    asked = {k: v for k, v in dict(n=n, m=m).items() if v is not None}
+    run, made = settings(method, preset, **changes | asked)
     folder, guidance = model_path(model), 1. if world_of(model) else 5.
     dev, px = device_of(device), picture_side(folder, px)
     if seconds is not None and not seconds > 0:
         raise ValueError(f'seconds: expected a positive time, found {seconds}')
     if world < 1 or run.batch % world:
         raise ValueError(f'world: expected processes that share a batch of {run.batch} evenly, found {world}')
-    what = f'{method} ({preset}) of {Path(model).name}, {px} px'
-    units, sizes = units_of(folder, px, run, checkpointing)
-    return plan_rows(what, run, made, units, sizes, dev, guidance, seconds, share, world, heldout, S_eval)
+    what, units = f'{method} ({preset}) of {Path(model).name}, {px} px', units_of(folder, px, run, checkpointing)
+    return plan_rows(what, run, made, *units, dev, guidance, seconds, share, world, heldout, S_eval)
 
 # %% ../../nbs/12_training/06_plan.ipynb #f509f359
 def plan_table(rows:list # From `plan`
