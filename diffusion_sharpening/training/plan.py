@@ -57,12 +57,11 @@ def device_of(name:str # One of `DEVICES`
 
 # %% ../../nbs/12_training/06_plan.ipynb #fb402ea7
 def mfu(tflop:float, # Work, in 10¹² floating-point operations
-        seconds:float, # What it took
+        seconds:float, # What it took, more than 0
         device:str, # One of `DEVICES`
         dtype=None # None: the processor's default
        )->float: # 0…1
     "Model FLOP utilisation"
-    if not seconds > 0: raise ValueError(f'seconds: expected a positive time, found {seconds}')
     return tflop/seconds/device_of(device).peak(dtype)
 
 # %% ../../nbs/12_training/06_plan.ipynb #a0e2f205
@@ -279,16 +278,17 @@ def plan(
     **changes # Settings of the method or the run
 )->list: # One dict per row: name, value, unit, about
     "What a training would cost, without training"
-    asked = {k: v for k, v in dict(n=n, m=m).items() if v is not None}
-    run, made = settings(method, preset, **changes | asked)
+    changes |= {k: v for k, v in dict(n=n, m=m).items() if v is not None}
+    run, made = settings(method, preset, **changes)
     folder, guidance = model_path(model), 1. if world_of(model) else 5.
     dev, px = device_of(device), picture_side(folder, px)
     if seconds is not None and not seconds > 0:
         raise ValueError(f'seconds: expected a positive time, found {seconds}')
     if world < 1 or run.batch % world:
         raise ValueError(f'world: expected processes that share a batch of {run.batch} evenly, found {world}')
-    what, units = f'{method} ({preset}) of {Path(model).name}, {px} px', units_of(folder, px, run, checkpointing)
-    return plan_rows(what, run, made, *units, dev, guidance, seconds, share, world, heldout, S_eval)
+    what = f'{method} ({preset}) of {Path(model).name}, {px} px'
+    units, sizes = units_of(folder, px, run, checkpointing)
+    return plan_rows(what, run, made, units, sizes, dev, guidance, seconds, share, world, heldout, S_eval)
 
 # %% ../../nbs/12_training/06_plan.ipynb #f509f359
 def plan_table(rows:list # From `plan`
