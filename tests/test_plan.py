@@ -274,7 +274,8 @@ def test_names_and_folders(folders):
 
 
 @pytest.mark.parametrize('kw, message', [
-    (dict(model='sdxl-turbo'), 'expected sdxl, sd15, an embedded model'), (dict(device='h20'), "Did you mean 'h200'"),
+    (dict(model='sdxl-turbo'), 'expected sdxl, sd15, an embedded model'),
+    (dict(device='h20'), "Did you mean 'h200'"),
     (dict(px=100), 'multiple of 8'), (dict(px=-8), 'multiple of 8'), (dict(method='ppo'), 'method'),
     (dict(n=0), 'at least 2'), (dict(seconds=0.), 'positive'), (dict(precision='int8'), 'precision'),
     (dict(colour=1), 'setting of rlhf')])

@@ -3,9 +3,9 @@
 `python nbs/_dev/kill_runs.py [METHOD …] [--runs 20]`
 
 Every method with every preset of the catalogue, or the methods named. Each run is a forked process that gets
-SIGKILL after a random time of its processor, again and again until it comes to its end. It must end in the weights, averages,
-optimizer moments, method state and history of the run that was left alone. The summary goes to
-data/results/kill_runs.json (not with --dry)."""
+SIGKILL after a random time of its processor, again and again until it comes to its end. It must end in the
+weights, averages, optimizer moments, method state and history of the run that was left alone. The summary goes
+to data/results/kill_runs.json (not with --dry)."""
 import argparse, hashlib, json, os, random, signal, sys, tempfile, time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -67,7 +67,7 @@ def run_once(arm, model, out, steps):
         train(net, method, Bright(), source(net, method, run), run, beside)
 
 def processor_seconds(pid):
-    "Processor time that a child has used (Linux), so that a busy machine moves no kill; None once it has ended"
+    "Processor time a child has used (Linux), so that a busy machine moves no kill; None once it has ended"
     try: return time.clock_gettime((~pid << 3) | 2)
     except OSError: return None
 
