@@ -4,7 +4,7 @@
 
 Every method with every preset of the catalogue, or the methods named. Each run is a forked process that gets
 SIGKILL after a random time of its processor, again and again until it comes to its end. It must end in the
-weights, averages, optimizer moments, method state and history of the run that was left alone. The summary goes
+weights, averages, optimizer moments, method state and history of the run left alone. The summary goes
 to data/results/kill_runs.json (not with --dry)."""
 import argparse, hashlib, json, os, random, signal, sys, tempfile, time
 from dataclasses import asdict, fields
