@@ -256,8 +256,8 @@ OTHER = dict(aggregate='last', loss_kind='rebel', n=8, m=1, S=5, alpha=1., eta=.
              updates=1, old_rate=.9, guidance=3., consistent=True, anywhere=True, through=True, own_noise=True,
              first_only=True)
 # of the forward-process family; where a setting needs another one to matter, the second
-OTHER |= dict(noises=2, group=True, most=.5, scale=.3, kl=.5, near=.7, near_rate=.5, anchor=.5, power=.5, clip=1e-7,
-              level=False, rise=.4, stay=.2)
+OTHER |= dict(noises=2, group=True, most=.5, scale=.3, kl=.5, near=.7, near_rate=.5, anchor=.5, power=.5,
+              clip=1e-7, level=False, rise=.4, stay=.2)
 BESIDE = dict(near_rate=dict(near=1.), clip=dict(updates=2), stay=dict(rise=.4))
 SHARED = {f for f in RAM.__dataclass_fields__ if f in Forward.__dataclass_fields__}
 

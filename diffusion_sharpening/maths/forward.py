@@ -81,7 +81,7 @@ def elbo_pg(b:ForwardBatch # Uses `old` if it is there; else the policy is its o
     ratio = (old - err).detach().exp()
     return b.A*ratio*err, dict(ratio=ratio)
 
-# %% ../../nbs/02_maths/07_forward.ipynb #51e423df
+# %% ../../nbs/02_maths/07_forward.ipynb #f53f6816
 def fixed_point(loss, # `loss(ForwardBatch) -> losses, statistics`
                 start:Tensor, # What base and old policy say at `X` states `(X,)`
                 draw, # `draw(v) -> values, probabilities`, each `(K, X)`: the clean samples behind the states
@@ -96,7 +96,8 @@ def fixed_point(loss, # `loss(ForwardBatch) -> losses, statistics`
     for _ in range(steps):
         (u, p), new = draw(v), v.clone().requires_grad_()
         said = whole(start, 0.).expand(*u.shape, 2)
-        b = ForwardBatch(whole(new, 0.).expand(*u.shape, 2), whole(u, rest), advantage(u, p), dict(old=said, ref=said))
+        others = dict(old=said, ref=said)
+        b = ForwardBatch(whole(new, 0.).expand(*u.shape, 2), whole(u, rest), advantage(u, p), others)
         total = (p*(loss(b)[0] + anchor*b.apart('ref'))).sum()
         v = v - rate*torch.autograd.grad(total, new)[0]
     return v

@@ -37,7 +37,7 @@ def forward_batch(model, # As it is asked: without guidance
     goal = x0 if clean else target(model.schedule, x0, eps, t, model.kind)
     return ForwardBatch(ask(), goal, A, said)
 
-# %% ../../nbs/08_methods/13_forward.ipynb #a22c8225
+# %% ../../nbs/08_methods/13_forward.ipynb #27be64b1
 @dataclass
 class Forward(Method):
     "Learn from whole samples by their rewards, on fresh noise; a method of the family is its `rule`"
@@ -46,7 +46,7 @@ class Forward(Method):
     eta: float = within(0., 0, 1)     # Fresh noise of each step
     noises: int = within(1, 1)        # Fresh noises of each sample in an update, each at a time of its own
     updates: int = within(1, 1)       # Gradient updates on each batch
-    group: bool = False               # Divide rewards by the spread within their prompt, not within the batch?
+    group: bool = False               # Divide rewards by the spread of their prompt, not of the batch?
     most: float = within(5., above=0) # Advantages are cut here, in standard deviations
     scale: float = within(1., above=0) # Advantage of one standard deviation
     kl: float = within(0., 0)         # Weight of the squared distance from the base

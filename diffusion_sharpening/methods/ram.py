@@ -12,12 +12,12 @@ from ..maths.forward import ForwardBatch, ram
 from .forward import Forward
 from .parts import any_times
 
-# %% ../../nbs/08_methods/17_ram.ipynb #95125d9e
+# %% ../../nbs/08_methods/17_ram.ipynb #ecaf4d43
 @dataclass
 class RAM(Forward):
     "Reinforce adjoint matching: regress to the base plus the reward times the way to the sample"
     noises: int = within(4, 1)        # Fresh noises of each sample in an update, each at a time of its own
-    group: bool = True                # Divide rewards by the spread within their prompt, not within the batch?
+    group: bool = True                # Divide rewards by the spread of their prompt, not of the batch?
 
     compares, first, times = ('ref',), dict(moved=0.), staticmethod(any_times)
 

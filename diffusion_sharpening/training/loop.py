@@ -185,7 +185,8 @@ def check_first(s:State,
     found = s.team.numbers({k: stats[k] for k in s.method.first})
     for k, want in s.method.first.items():
         if abs(found[k] - want) > tol:
-            raise TrainingError(f'self-check: {k} is {found[k]:.4g} before the first update, expected {want:g}')
+            raise TrainingError(f'self-check: {k} is {found[k]:.4g} before the first update, '
+                                f'expected {want:g}')
     if s.rank == 0:
         print('self-check:', ', '.join(f'{k} {v:.3g}' for k, v in found.items()), 'before the first update')
 
