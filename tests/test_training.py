@@ -134,7 +134,8 @@ def test_candidates_together_equal_alone(xl, eta):
     assert whole.nfe == sum(p.nfe for p in parts) == 4*2*4
 
 
-@pytest.mark.parametrize('name', ['best_of_n', 'branch_regression', 'contrast', 'rlhf_sharpening', 'sft_sharpening'])
+@pytest.mark.parametrize('name', ['best_of_n', 'branch_regression', 'contrast', 'rlhf_sharpening',
+                                  'sft_sharpening'])
 def test_more_candidates_keep_the_first(xl, name):
     "The candidates of n = 2 are the first two of n = 4: their pictures are"
     two, four = (lesson_of(load(xl), name, n=n, S=4)[2].pictures for n in (2, 4))
@@ -147,9 +148,11 @@ def test_more_candidates_keep_the_first(xl, name):
 def test_loss_is_log_2_at_first(xl, preset):
     "Policy and reference are the same network, so no preference is fulfilled or broken yet"
     d = load(xl)
-    method, _, lesson = lesson_of(d, 'rlhf', preset, loss_kind='dpo', S=4, **({} if preset == 'sample' else dict(m=2)))
+    method, _, lesson = lesson_of(d, 'rlhf', preset, loss_kind='dpo', S=4,
+                                  **({} if preset == 'sample' else dict(m=2)))
     loss, log = whole_loss(method, d, lesson)
-    assert lesson.use.all() and loss.item() == pytest.approx(math.log(2), abs=1e-6) and not log['margin'].any()
+    assert (lesson.use.all() and loss.item() == pytest.approx(math.log(2), abs=1e-6)
+            and not log['margin'].any())
     loss.backward()
     grads = [p.grad for p in d.trainable()]
     assert all(g.isfinite().all() for g in grads) and any(g.abs().sum() > 0 for g in grads)
@@ -206,7 +209,8 @@ def test_rlhf_gradient_equals_all_in_graph(xl, consistent):
     jolt(d)
     chosen = grads(d, whole_loss(method, d, lesson)[0])
     lr, (w, l), Z = log_ratio(all_errors(method, d, batch, ts, paths), ref), pair(R), standardise(R)
-    loss = preference(method.beta*(pick(lr, w) - pick(lr, l)), pick(Z, w) - pick(Z, l), method.loss_kind).mean()
+    loss = preference(method.beta*(pick(lr, w) - pick(lr, l)), pick(Z, w) - pick(Z, l),
+                      method.loss_kind).mean()
     for a, b in zip(chosen, grads(d, loss)): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     assert any(g.abs().max() > 1e-4 for g in chosen)
 
@@ -251,13 +255,16 @@ def test_every_method_keeps_its_promises(xl, name):
 
 # Every setting does something
 
-LITTLE = dict(n=2, m=2, S=4)
+LITTLE = dict(n=2, m=2, S=4, least=2)
 OTHER = dict(aggregate='last', loss_kind='rebel', n=8, m=1, S=5, alpha=1., eta=.5, beta=7., early=.5, late=.3,
-             updates=1, old_rate=.9, guidance=3., consistent=True, anywhere=True, through=True, own_noise=True,
-             first_only=True)
+             updates=3, old_rate=.9, guidance=3., consistent=True, anywhere=True, through=True,
+             own_noise=True,
+             first_only=True,
+             share=.5, summed=True, largest=.1, memory=3, least=4, clip=1e-7, group=True,   # policy gradients
+             )
 # of the forward-process family; where a setting needs another one to matter, the second
-OTHER |= dict(noises=2, group=True, most=.5, scale=.3, kl=.5, near=.7, near_rate=.5, anchor=.5, power=.5,
-              clip=1e-7, level=False, rise=.4, stay=.2)
+OTHER |= dict(noises=2, most=.5, scale=.3, kl=.5, near=.7, near_rate=.5, anchor=.5, power=.5,
+              level=False, rise=.4, stay=.2)
 BESIDE = dict(near_rate=dict(near=1.), clip=dict(updates=2), stay=dict(rise=.4))
 SHARED = {f for f in RAM.__dataclass_fields__ if f in Forward.__dataclass_fields__}
 
@@ -303,8 +310,7 @@ def test_every_field_of_a_method_changes_something(xl, name, field):
         prepare(d, run, method)
         with torch.no_grad(): [p.add_(.02) for p in d.trainable()]
         return trace(d, method)
-    other = 2 if field == 'updates' and METHODS[name]().updates == 1 else OTHER[field]
-    if field == 'group': other = not METHODS[name]().group
+    other = not METHODS[name]().group if field == 'group' else OTHER[field]
     assert run() != run(**{field: other})
 
 

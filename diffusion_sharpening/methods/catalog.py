@@ -14,6 +14,8 @@ from .contrast import Contrast
 from .crd import CRD
 from .elbo_pg import ELBOPG
 from .nft import NFT
+from .ddpo import DDPO
+from .flow_grpo import FlowGRPO
 from .online_dpo import OnlineDPO
 from .protocol import Method
 from .ram import RAM
@@ -29,7 +31,9 @@ METHODS = dict(
     standard=Standard, sft_sharpening=SFTSharpening, rlhf_sharpening=RLHFSharpening,
     branch_regression=BranchRegression, step_preference=StepPreference, online_dpo=OnlineDPO,
     best_of_n=BestOfN, contrast=Contrast,
-    nft=NFT, awm=AWM, rvm=RVM, ram=RAM, crd=CRD, elbo_pg=ELBOPG)
+    nft=NFT, awm=AWM, rvm=RVM, ram=RAM, crd=CRD, elbo_pg=ELBOPG,
+    ddpo=DDPO, flow_grpo=FlowGRPO,
+)
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #0dc577fa
 PRESETS = dict(
@@ -46,7 +50,7 @@ def presets(name:str # A method, `sft`, `rlhf`, or `path/to/file.py:Method`
     name = one_of(name, [*PRESETS, *METHODS], 'method')
     if name in PRESETS: return PRESETS[name]
     made = METHODS[name]
-    return dict(default=made) | {k: getattr(made, k) for k in ('paper', 'released') if hasattr(made, k)}
+    return dict(default=made) | {k: getattr(made, k) for k in made.variants if hasattr(made, k)}
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #3f978005
 def _own(name):

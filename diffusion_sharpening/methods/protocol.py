@@ -45,6 +45,7 @@ class Method(Settings):
     needs_images = False  # Does it learn from pictures?
     needs_judge = True    # Does it ask a reward?
     first = {}            # What statistics must be before the first update; the loop checks it
+    variants = 'paper', 'released' # Named constructors, of those that it has
 
     def start(self, model):
         "Prepare what is kept beside the policy, before the first batch"
@@ -87,7 +88,8 @@ def check_method(method:Method, # Started
     assert losses.isfinite().all() and losses.requires_grad, 'losses are not finite, or have no gradient'
     assert all(v.shape == losses.shape for v in stats.values()), 'statistics need one number for each row'
     parts = torch.cat([method.loss(model, judge, p, 0)[0] for p in lesson.parts(1)])
-    assert (parts - losses).abs().max() <= 1e-3*(1 + losses.abs().max()), 'parts have other losses than the whole'
+    assert (parts - losses).abs().max() <= 1e-3*(1 + losses.abs().max()), (
+        'parts have other losses than the whole')
     kept = {k: v.clone() for k, v in method.state().items()}
     method.restore(kept)
     assert all(torch.equal(v, kept[k]) for k, v in method.state().items()), 'state is not what was restored'
