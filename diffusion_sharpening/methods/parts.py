@@ -275,7 +275,7 @@ def ties(R:Tensor # Values `(n, B)`
     lo, hi = R.min(), R.max()
     good = R[0] > ((lo + hi)/2 if hi > lo else 0.)
     t = tied(R)
-    return dict(tied=t.float().mean(), tied_good=(t & good).float().mean(), tied_bad=(t & ~good).float().mean())
+    return {k: v.float().mean() for k, v in dict(tied=t, tied_good=t & good, tied_bad=t & ~good).items()}
 
 # %% ../../nbs/08_methods/02_parts.ipynb #81848bc1
 def say(model, name:str, ask):
