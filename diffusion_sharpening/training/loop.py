@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainingError', 'State', 'Callback', 'beside', 'stopping', 'prepare', 'check_start', 'begin', 'collect', 'backward',
-           'learn', 'one_batch', 'train', 'going', 'settle']
+           'check_first', 'learn', 'one_batch', 'train', 'going', 'settle']
 
 # %% ../../nbs/12_training/02_loop.ipynb #7a8959f3
 import signal, threading, time, torch
@@ -171,6 +171,22 @@ def backward(s:State, lesson, u:int)->tuple: # Loss of this process's rows, and 
         for k, v in stats.items(): sums[k] = sums.get(k, 0.) + (v.detach()*part.use).sum()/total
     return loss, sums
 
+# %% ../../nbs/12_training/02_loop.ipynb #cc521a71
+def check_first(s:State,
+                lesson, # `Lesson` of the first batch
+                stats:dict, # Statistics of its first update, before it is made
+                tol:float=1e-3 # Allowed difference
+               ):
+    "`TrainingError` unless the first statistics are what the method says they must be"
+    if not s.method.first or not s.team.mean(lesson.use.sum()) > 0: return
+    found = s.team.numbers({k: stats[k] for k in s.method.first})
+    for k, want in s.method.first.items():
+        if abs(found[k] - want) > tol:
+            raise TrainingError(f'self-check: {k} is {found[k]:.4g} before the first update, '
+                                f'expected {want:g}')
+    if s.rank == 0:
+        print('self-check:', ', '.join(f'{k} {v:.3g}' for k, v in found.items()), 'before the first update')
+
 # %% ../../nbs/12_training/02_loop.ipynb #61d689a2
 def learn(s:State, lesson, u:int)->dict: # Statistics
     "One update; none is made where loss or gradient is not finite"
@@ -178,6 +194,7 @@ def learn(s:State, lesson, u:int)->dict: # Statistics
     ps = s.model.trainable()
     s.opt.zero_grad()
     with stage('train'): loss, stats = backward(s, lesson, u)
+    if s.k == u == 0: check_first(s, lesson, stats)
     with stage('optimizer'):
         loss = s.team.average(loss, ps, s.model.sharded)
         norm = whole(torch.nn.utils.clip_grad_norm_(ps, s.run.clip))
