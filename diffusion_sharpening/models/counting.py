@@ -77,7 +77,8 @@ def anatomy(model:str # sdxl, sd15, their names on the Hub, a downloaded model, 
     path = _downloaded(str(model)) or Path(model)
     if not path.is_dir():
         known = ', '.join(KNOWN)
-        raise ValueError(f'model: expected {known}, an embedded model, or the folder of a pipeline; found {model}')
+        raise ValueError(f'model: expected {known}, an embedded model, or the folder of a pipeline; found '
+                         f'{model}')
     encs = [_config(p/'config.json') for p in sorted(path.glob('text_encoder*'))]
     project = lambda c: c.get('projection_dim', 0)*('WithProjection' in c.get('architectures', [''])[0])
     text = tuple((c['hidden_size'], c['num_hidden_layers'], c['vocab_size'], project(c)) for c in encs)
