@@ -7,14 +7,20 @@ __all__ = ['METHODS', 'PRESETS', 'presets', 'find']
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #474eb011
 from ..basics.words import one_of
+from .awm import AWM
 from .best_of_n import BestOfN
 from .branch_regression import BranchRegression
 from .contrast import Contrast
+from .crd import CRD
+from .elbo_pg import ELBOPG
+from .nft import NFT
 from .ddpo import DDPO
 from .flow_grpo import FlowGRPO
 from .online_dpo import OnlineDPO
 from .protocol import Method
+from .ram import RAM
 from .rlhf_sharpening import RLHFSharpening
+from .rvm import RVM
 from .sft_sharpening import SFTSharpening
 from .standard import Standard
 from .step_preference import StepPreference
@@ -25,6 +31,7 @@ METHODS = dict(
     standard=Standard, sft_sharpening=SFTSharpening, rlhf_sharpening=RLHFSharpening,
     branch_regression=BranchRegression, step_preference=StepPreference, online_dpo=OnlineDPO,
     best_of_n=BestOfN, contrast=Contrast,
+    nft=NFT, awm=AWM, rvm=RVM, ram=RAM, crd=CRD, elbo_pg=ELBOPG,
     ddpo=DDPO, flow_grpo=FlowGRPO,
 )
 
