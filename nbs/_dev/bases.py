@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What the exam says of base models at equal calls, and how much eight pictures of a caption differ: data/results/NAME.json
+"""The exam of base models at equal calls, and how much pictures of a caption differ: data/results/NAME.json
 
 `python nbs/_dev/bases.py shapes FOLDER` measures both on the same captions, seeds and samplers."""
 import argparse
@@ -17,13 +17,16 @@ def spread(images, k):
     x = images.view(-1, k, *images.shape[1:])
     return (2*x.var(1)).mean((1, 2, 3)).sqrt()
 
-def both(scores): return dict(mean=interval(scores, 'captions'), strict=interval(all_hold(scores), 'captions'))
+def both(scores):
+    "Mean and strict"
+    return dict(mean=interval(scores, 'captions'), strict=interval(all_hold(scores), 'captions'))
 
 def measured(model, w, texts, eta, steps, few, k):
     "One model with one sampler"
     e = evaluate(model, texts, {w.exam.name: w.exam}, steps, eta)
     s = e.scores[w.exam.name]
-    many = evaluate(model, [t for t in texts[:few] for _ in range(k)], {w.exam.name: w.exam}, steps, eta, seed=7)
+    again = [t for t in texts[:few] for _ in range(k)]
+    many = evaluate(model, again, {w.exam.name: w.exam}, steps, eta, seed=7)
     of = many.scores[w.exam.name].view(few, k)
     groups = {g: both(v) for g, v in w.by_group(s, texts).items()}
     return s, both(s) | dict(eta=eta, groups=groups, spread=interval(spread(many.images, k), 'captions'),
@@ -31,7 +34,7 @@ def measured(model, w, texts, eta, steps, few, k):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('models', nargs='+', help='names or folders; the first is the one that others are compared with')
+    p.add_argument('models', nargs='+', help='names or folders; others are compared with the first')
     p.add_argument('--n', type=int, default=240, help='held-out captions (default %(default)s)')
     p.add_argument('--few', type=int, default=40, help='captions with several pictures (default %(default)s)')
     p.add_argument('--k', type=int, default=8, help='pictures of each of them (default %(default)s)')
@@ -47,7 +50,8 @@ def main():
             d = s - first.setdefault(eta, s)
             more = all_hold(s) - all_hold(first[eta])
             change = dict(mean=interval(d, 'captions'), strict=interval(more, 'captions'))
-            rows.append(dict(model=Path(name).name) | row | ({'change': change} if name != a.models[0] else {}))
+            if name != a.models[0]: row['change'] = change
+            rows.append(dict(model=Path(name).name) | row)
             write(a.name, dict(captions=a.n, steps=a.steps, rows=rows))
 
 if __name__ == '__main__': main()

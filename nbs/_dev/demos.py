@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The demo over several seeds, and what changed on held-out captions: data/results/demo.json
 
-`python nbs/_dev/demos.py --seeds 0 1 2` runs what is not there yet in runs/demos; `--only 1` runs one seed of them."""
+`python nbs/_dev/demos.py --seeds 0 1 2` runs what is missing in runs/demos; `--only 1` runs one."""
 import argparse, json
 from pathlib import Path
 import torch
@@ -32,7 +32,8 @@ def gathered(runs):
               for k, o in both.items()}
     each = {k: [x.mean().item() for x in o['after']-o['before']] for k, o in both.items()}
     said = ('seed', 'steps', 'seconds', 'seconds_training', 'nfe_training', 'skipped', 'settings', 'alarms')
-    return dict(judges=judges, change_of_each_seed=each, image_stats=[r['delta']['image_stats'] for r in reps],
+    stats = [r['delta']['image_stats'] for r in reps]
+    return dict(judges=judges, change_of_each_seed=each, image_stats=stats,
                 sampler=reps[0]['after']['sampler'], runs=[{k: r[k] for k in said} for r in reps])
 
 def main():
