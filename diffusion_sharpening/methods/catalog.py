@@ -10,7 +10,9 @@ from ..basics.words import one_of
 from .best_of_n import BestOfN
 from .branch_regression import BranchRegression
 from .contrast import Contrast
+from .d3po import D3PO
 from .ddpo import DDPO
+from .diffusion_dpo import DiffusionDPO
 from .flow_grpo import FlowGRPO
 from .online_dpo import OnlineDPO
 from .protocol import Method
@@ -25,7 +27,7 @@ METHODS = dict(
     standard=Standard, sft_sharpening=SFTSharpening, rlhf_sharpening=RLHFSharpening,
     branch_regression=BranchRegression, step_preference=StepPreference, online_dpo=OnlineDPO,
     best_of_n=BestOfN, contrast=Contrast,
-    ddpo=DDPO, flow_grpo=FlowGRPO,
+    ddpo=DDPO, flow_grpo=FlowGRPO, diffusion_dpo=DiffusionDPO, d3po=D3PO,
 )
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #0dc577fa
