@@ -6,19 +6,20 @@ from dataclasses import fields, replace
 import pytest, torch
 
 diffusers = pytest.importorskip('diffusers')
-from diffusion_sharpening.data.sources import Pictures, Prompts
+from diffusion_sharpening.data.sources import Columns, Prompts
 from diffusion_sharpening.evaluation.measure import evaluate
 from diffusion_sharpening.methods.catalog import METHODS, find, presets as presets_of
+from diffusion_sharpening.methods.protocol import noise_columns
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
 from diffusion_sharpening.models.counting import KNOWN, anatomy, unet_cost, vae_cost
+from diffusion_sharpening.worlds.world import model_path
 from diffusion_sharpening.training.loop import prepare, train
 from diffusion_sharpening.training.run import Run, settings
 from diffusion_sharpening.training.plan import (
     DEVICES, ROWS, Plan, advice, device_here, device_of, evaluations, fitting, measured, mfu, plan, plan_rows,
     plan_table, units_of)
-from diffusion_sharpening.basics.seeds import START, noise
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
@@ -30,7 +31,7 @@ every_preset = pytest.mark.parametrize('name, preset', names)
 
 
 class Bright(Reward):
-    name = 'bright'
+    name, differentiable = 'bright', True
     def score(self, images, prompts): return 100*images.mean((1, 2, 3))
 
 
@@ -71,8 +72,7 @@ def counted(folder, name, preset, **changes):
     run, method = settings(name, preset, **changes)
     d = Denoiser.from_pretrained(folder, guidance=1., device='cpu')
     prepare(d, run, method)
-    if method.needs_images: source = Pictures(d, PROMPTS, noise(torch.arange(2), START, d.item), 2, run.seed)
-    else: source = Prompts(d, PROMPTS, 2, run.seed)
+    source = Columns(d, PROMPTS, noise_columns(method, d.item, 2), 2, run.seed)
     batch, seen = source.batch(0), metered(d)
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
         with torch.no_grad(): lesson = method.collect(d, Bright(), batch)
@@ -88,7 +88,7 @@ def test_evaluations_are_those_of_a_training(folders, name, preset):
     ask = evaluations(*settings(name, preset, **changes), batches=1)
     assert ask['lesson'] == seen['lesson']
     assert ask['rollout'] + ask['old'] + ask['reference'] == seen['plain']
-    assert ask['decode'] == seen['decode']
+    assert ask['decode'] + ask['decode with gradient'] == seen['decode']
 
 
 @pytest.mark.parametrize('layout', ['xl', 'sd'])
@@ -161,7 +161,7 @@ def test_guidance_doubles_evaluations():
 def test_flops_are_quadratic_in_the_number_of_latents():
     "Convolutions and layers are linear in it, attention quadratic, text constant: three sizes give all"
     L = lambda px: (px/8)**2
-    F = {px: unet_cost('shapes', px, dtype='float32')[0].tflop for px in (64, 128, 192, 320)}
+    F = {px: unet_cost(model_path('shapes'), px, dtype='float32')[0].tflop for px in (64, 128, 192, 320)}
     A = torch.tensor([[1, L(px), L(px)**2] for px in (64, 128, 192)], dtype=torch.float64)
     c = torch.linalg.solve(A, torch.tensor([F[64], F[128], F[192]], dtype=torch.float64))
     assert float(c @ torch.tensor([1, L(320), L(320)**2],
@@ -273,7 +273,8 @@ def test_names_and_folders(folders):
 
 
 @pytest.mark.parametrize('kw, message', [
-    (dict(model='sdxl-turbo'), 'expected sdxl, sd15, shapes'), (dict(device='h20'), "Did you mean 'h200'"),
+    (dict(model='sdxl-turbo'), 'expected sdxl, sd15, an embedded model'),
+    (dict(device='h20'), "Did you mean 'h200'"),
     (dict(px=100), 'multiple of 8'), (dict(px=-8), 'multiple of 8'), (dict(method='ppo'), 'method'),
     (dict(n=0), 'at least 2'), (dict(seconds=0.), 'positive'), (dict(precision='int8'), 'precision'),
     (dict(colour=1), 'setting of rlhf')])

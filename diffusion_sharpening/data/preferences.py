@@ -75,7 +75,8 @@ def choice_source(model, # Encodes prompts
                  )->Columns: # With `better_seed` and `worse_seed`
     "Prompts with the seeds of a better and of a worse sample"
     prompts, better, worse = zip(*choices)
-    return Columns(model, prompts, dict(better_seed=torch.tensor(better), worse_seed=torch.tensor(worse)), **more)
+    sides = dict(better_seed=torch.tensor(better), worse_seed=torch.tensor(worse))
+    return Columns(model, prompts, sides, **more)
 
 # %% ../../nbs/07_data/06_preferences.ipynb #9182f5a0
 def choices_of(prompt:str, seeds:list, # Of the samples somebody has seen

@@ -83,7 +83,8 @@ class Columns(Prompts):
         super().__init__(model, prompts, size, seed, drop)
         for k, v in columns.items():
             if len(v) != len(self.prompts):
-                raise ValueError(f'source: expected {k} for each of {len(self.prompts)} prompts, found {len(v)}')
+                n = len(self.prompts)
+                raise ValueError(f'source: expected {k} for each of {n} prompts, found {len(v)}')
         self.columns = columns
 
     def data(self, i:list) -> dict:

@@ -48,6 +48,7 @@ class Method(Settings):
     needs_images = False  # Does it learn from pictures?
     needs_judge = True    # Does it ask a reward?
     needs_gradient = False # Must the reward let gradients pass?
+    first = {}            # What statistics must be before the first update; the loop checks it
     variants = 'paper', 'released' # Named constructors, of those that it has
 
     @property
