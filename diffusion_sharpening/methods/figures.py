@@ -22,7 +22,8 @@ def example(size:int=1, # Prompts
            )->tuple: # Model, judge, `Batch` with latents of the prompts' pictures
     "The first embedded model with an adapter, a judge of its world, and a batch"
     world = next(iter(WORLDS.values()))
-    model = Denoiser.from_pretrained(model_path(next(iter(world.models))), guidance=1., device='cpu').add_lora(4)
+    folder = model_path(next(iter(world.models)))
+    model = Denoiser.from_pretrained(folder, guidance=1., device='cpu').add_lora(4)
     things, texts = world.pairs(4, 2)
     source = Pictures(model, texts, model.latents(world.show(things)), size, seed)
     return model, load_reward(f'{next(iter(world.judges))}@{world.name}'), source.batch(0)
