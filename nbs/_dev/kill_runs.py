@@ -55,13 +55,12 @@ def source(net, method, run):
     pictures = torch.rand(len(TEXTS), 3, *net.size, generator=torch.Generator().manual_seed(0))
     return Pictures(net, TEXTS, net.latents(pictures), run.batch, run.seed)
 
-def run_once(arm, model, out, steps):
+def run_once(arm, net, out, steps):
     "One sitting of a run, from its newest checkpoint to its end"
     name, preset = arm
     known = {f.name for f in fields(find(name, preset)())}
     small = {k: v for k, v in SMALL.items() if k in known}
     run, method = settings(name, preset, steps=steps, batch=2, rank=2, checkpoint_every=1, **small)
-    net = Denoiser.from_pretrained(model, guidance=1., device='cpu')
     about, at = dict(model='tiny', reward='bright'), out/'checkpoints'
     with taken(out, new=False):
         again, asked = bool(read_run(out)), dict(method=name, preset=preset, steps=steps)
@@ -107,16 +106,25 @@ def digest(out):
     h.update((out/'metrics.jsonl').read_bytes())
     return h.hexdigest()
 
-def kill_arm(arm, model, d, runs, steps, rng):
+def kill_arm(arm, net, d, runs, steps, rng):
     "How many of `runs` killed runs end as the one left alone, and how often they were killed"
-    sitting(arm, model, d/'warm', 1, out=d/'warm')                     # files and caches
-    length = sitting(arm, model, d/'whole', steps, out=d/'whole')
+    sitting(arm, net, d/'warm', 1, out=d/'warm')                     # files and caches
+    length = sitting(arm, net, d/'whole', steps, out=d/'whole')
     want, same, kills = digest(d/'whole'), 0, 0
     for i in range(runs):
         out = d/f'run{i}'
-        while not sitting(arm, model, out, steps, out=out, delay=rng.uniform(.05, 1.1)*length): kills += 1
+        while not sitting(arm, net, out, steps, out=out, delay=rng.uniform(.05, 1.1)*length): kills += 1
         same += digest(out) == want
     return dict(runs=runs, identical=same, kills=kills)
+
+def report(found, a, seconds):
+    "Sums over the methods that are done, written as they are (not with --dry)"
+    total = {k: sum(r[k] for r in found.values()) for k in ('runs', 'identical', 'kills')}
+    line = (f"{total['identical']} of {total['runs']} runs ended bit-identical to the uninterrupted one; "
+            f"{total['kills']} kills; {seconds:.0f} s")
+    total |= dict(batches=a.steps, seconds=round(seconds, 1), summary=line, arms=found)
+    if not a.dry: write('kill_runs', total)
+    return total
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,9 +141,10 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         tiny_sdxl(d/'model')
+        net = Denoiser.from_pretrained(d/'model', guidance=1., device='cpu')     # each child has its own copy
         for i, (name, arm) in enumerate(todo.items()):
             (d/f'arm{i}').mkdir()
-            found[name] = r = kill_arm(arm, d/'model', d/f'arm{i}', a.runs, a.steps, rng)
+            found[name] = r = kill_arm(arm, net, d/f'arm{i}', a.runs, a.steps, rng)
             print(f"{name:28}{r['identical']:>4} of {r['runs']} bit-identical{r['kills']:>6} kills",
                   flush=True)
     total = {k: sum(r[k] for r in found.values()) for k in ('runs', 'identical', 'kills')}
