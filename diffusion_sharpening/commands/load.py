@@ -46,7 +46,8 @@ def load_model(name:str, # `shapes`, a folder, or a name on the Hugging Face Hub
     world = world_of(name)
     guidance = guidance or (1. if world else 5.)
     if eta is None: eta = world.eta if world else 0.
-    model = Denoiser.from_pretrained(model_path(name), guidance, dtype, size=px, vae=vae, variant=variant, eta=eta)
+    more = dict(size=px, vae=vae, variant=variant, eta=eta)
+    model = Denoiser.from_pretrained(model_path(name), guidance, dtype, **more)
     if model.device.type == 'cpu': model.autoencoder.to(memory_format=torch.channels_last)
     if lora is not None: model.load_lora(named(lora, 'lora'), trainable=False)
     return model

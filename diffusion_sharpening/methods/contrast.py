@@ -48,7 +48,8 @@ class Contrast(Method):
         x0 = from_prompt(view, self.S, seeds, batch.cond, self.eta)
         R, pictures = at_end(view, judge, x0, batch.prompts)
         use = (~tied(R)).float()
-        rows = dict(x0=flat(x0), r=flat(goodness(R)), seeds=flat(seeds), prompt_seeds=batch.seeds.repeat(self.n))
+        rows = dict(x0=flat(x0), r=flat(goodness(R)), seeds=flat(seeds),
+                    prompt_seeds=batch.seeds.repeat(self.n))
         log = summary(R) | dict(tied=1-use.mean())
         return Lesson(rows, repeated(batch.cond, self.n), use.repeat(self.n), log, pictures)
 
