@@ -23,7 +23,7 @@ def evaluate(
     prompts:str='shapes', # `shapes` (held-out captions), FILE, FILE:COLUMN, or hf:owner/name:column
     n:int=None, # How many prompts; None: 240 for embedded models, 24 for others
     S:int=20, # Sampler steps
-    eta:float=None, # Fresh noise of each step, 0 … 1; None: the best measured of a world, 0 for others
+    eta:float=None, # Fresh noise of each step, 0 … 1; None: the world's best measured, 0 for others
     seed:int=0, # Of the start noise
     guidance:float=None, # Classifier-free guidance; None: the model's default
     px:int=None, # Side of the pictures in pixels; None: what the model was made for

@@ -35,7 +35,7 @@ def load_model(name:str, # `shapes`, a folder, or a name on the Hugging Face Hub
                px:int=None, # Side of its pictures in pixels; None: what the model was made for
                variant:str=None, # Variant of its files, e.g. fp16
                vae:str=None, # Folder or name of a cheaper autoencoder for scoring
-               eta:float=None # Fresh noise of each step, 0 … 1; None: the best measured of a world, 0 for others
+               eta:float=None # Fresh noise of each step; None: the world's best measured, 0 for others
               )->Denoiser:
     "Load a model by name"
     if guidance is not None and not guidance >= 1:

@@ -41,7 +41,7 @@ def sample(
     out:str='out', # Folder for the pictures
     n:int=24, # How many prompts
     S:int=20, # Sampler steps
-    eta:float=None, # Fresh noise of each step, 0 … 1; None: the best measured of a world, 0 for others
+    eta:float=None, # Fresh noise of each step, 0 … 1; None: the world's best measured, 0 for others
     seed:int=0, # Of the start noise
     guidance:float=None, # Classifier-free guidance; None: the model's default
     px:int=None, # Side of the pictures in pixels; None: what the model was made for
