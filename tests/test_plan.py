@@ -6,19 +6,20 @@ from dataclasses import fields, replace
 import pytest, torch
 
 diffusers = pytest.importorskip('diffusers')
-from diffusion_sharpening.data.sources import Pictures, Prompts
+from diffusion_sharpening.data.sources import Columns, Prompts
 from diffusion_sharpening.evaluation.measure import evaluate
 from diffusion_sharpening.methods.catalog import METHODS, find, presets as presets_of
+from diffusion_sharpening.methods.protocol import noise_columns
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
 from diffusion_sharpening.models.counting import KNOWN, anatomy, unet_cost, vae_cost
+from diffusion_sharpening.worlds.world import model_path
 from diffusion_sharpening.training.loop import prepare, train
 from diffusion_sharpening.training.run import Run, settings
 from diffusion_sharpening.training.plan import (
     DEVICES, ROWS, Plan, advice, device_here, device_of, evaluations, fitting, measured, mfu, plan, plan_rows,
     plan_table, units_of)
-from diffusion_sharpening.basics.seeds import START, noise
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
@@ -30,7 +31,7 @@ every_preset = pytest.mark.parametrize('name, preset', names)
 
 
 class Bright(Reward):
-    name = 'bright'
+    name, differentiable = 'bright', True
     def score(self, images, prompts): return 100*images.mean((1, 2, 3))
 
 
@@ -52,7 +53,7 @@ def small_for(name, preset, **more):
 
 
 def metered(d):
-    "Counts every evaluation of the network, with gradient and without, and every decode, wherever it is asked for"
+    "Counts every evaluation of the network, with gradient and without, and every decode"
     seen, forward, decode = Counter(), d.policies.forward, d.autoencoder.decode
     def network(x, *args, **kw):
         seen['lesson' if torch.is_grad_enabled() else 'plain'] += len(x)
@@ -71,8 +72,7 @@ def counted(folder, name, preset, **changes):
     run, method = settings(name, preset, **changes)
     d = Denoiser.from_pretrained(folder, guidance=1., device='cpu')
     prepare(d, run, method)
-    if method.needs_images: source = Pictures(d, PROMPTS, noise(torch.arange(2), START, d.item), 2, run.seed)
-    else: source = Prompts(d, PROMPTS, 2, run.seed)
+    source = Columns(d, PROMPTS, noise_columns(method, d.item, 2), 2, run.seed)
     batch, seen = source.batch(0), metered(d)
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
         with torch.no_grad(): lesson = method.collect(d, Bright(), batch)
@@ -88,11 +88,12 @@ def test_evaluations_are_those_of_a_training(folders, name, preset):
     ask = evaluations(*settings(name, preset, **changes), batches=1)
     assert ask['lesson'] == seen['lesson']
     assert ask['rollout'] + ask['old'] + ask['reference'] == seen['plain']
-    assert ask['decode'] == seen['decode']
+    assert ask['decode'] + ask['decode with gradient'] == seen['decode']
 
 
 @pytest.mark.parametrize('layout', ['xl', 'sd'])
-@pytest.mark.parametrize('name, preset', [('sft', 'paper'), ('rlhf', 'contrast'), ('rlhf', 'paper'), ('sft', 'sample')])
+@pytest.mark.parametrize('name, preset', [('sft', 'paper'), ('rlhf', 'contrast'), ('rlhf', 'paper'),
+                                          ('sft', 'sample')])
 def test_flops_are_those_of_a_training(folders, layout, name, preset):
     "LoRA of rollouts and lessons is in them, and not in those of the reference"
     changes = small_for(name, preset, layers='linear', rank=8, guidance=1., early=0., late=.5)
@@ -140,7 +141,8 @@ def test_advice():
     found = fitting('sdxl', 'rlhf', 'paper', '4090', px=512)
     assert found['precision'] == 'bfloat16'
     assert values(plan('sdxl', 'rlhf', 'paper', px=512, device='4090', **found))['fits']
-    assert f"batch={found['batch']}" in advice('sdxl', 'rlhf', 'paper', '4090', px=512) if 'batch' in found else True
+    assert f"batch={found['batch']}" in advice('sdxl', 'rlhf', 'paper', '4090',
+                                               px=512) if 'batch' in found else True
     assert advice('sdxl', 'rlhf', 'paper', 'h200', px=512, precision='bfloat16', batch=1) == ''
 
 
@@ -152,16 +154,18 @@ def test_every_device_has_a_plan(name):
 
 def test_guidance_doubles_evaluations():
     one, two = [evaluations(*settings('rlhf', 'sde', guidance=g)) for g in (1., 4.)]
-    assert all(two[k] == 2*one[k] for k in ('rollout', 'reference', 'lesson')) and one['decode'] == two['decode']
+    assert (all(two[k] == 2*one[k] for k in ('rollout', 'reference', 'lesson'))
+            and one['decode'] == two['decode'])
 
 
 def test_flops_are_quadratic_in_the_number_of_latents():
-    "Convolutions and layers are linear in it, attention quadratic, text constant: three sizes give every other"
+    "Convolutions and layers are linear in it, attention quadratic, text constant: three sizes give all"
     L = lambda px: (px/8)**2
-    F = {px: unet_cost('shapes', px, dtype='float32')[0].tflop for px in (64, 128, 192, 320)}
+    F = {px: unet_cost(model_path('shapes'), px, dtype='float32')[0].tflop for px in (64, 128, 192, 320)}
     A = torch.tensor([[1, L(px), L(px)**2] for px in (64, 128, 192)], dtype=torch.float64)
     c = torch.linalg.solve(A, torch.tensor([F[64], F[128], F[192]], dtype=torch.float64))
-    assert float(c @ torch.tensor([1, L(320), L(320)**2], dtype=torch.float64)) == pytest.approx(F[320], rel=1e-6)
+    assert float(c @ torch.tensor([1, L(320), L(320)**2],
+                                  dtype=torch.float64)) == pytest.approx(F[320], rel=1e-6)
 
 
 # Published counts (2 operations per multiply-add)
@@ -189,7 +193,8 @@ def test_sdxl_forward(px, F, V, E):
 @pytest.mark.slow
 @pytest.mark.parametrize('px, rank, checkpointing, total', [
     (512, 0, False, 4.714), (512, 0, True, 5.915), (512, 16, False, 3.166), (512, 16, True, 4.352),
-    (1024, 0, False, 20.1), (1024, 16, False, 14.19)])           # the last: PyTorch's own count with attention as matrices
+    # the last: PyTorch's own count with attention as matrices
+    (1024, 0, False, 20.1), (1024, 16, False, 14.19)])
 def test_sdxl_backward(px, rank, checkpointing, total):
     c, _, learn = unet_cost('sdxl', px, rank, 'attention', checkpointing)
     assert c.total == pytest.approx(total, rel=.02)
@@ -199,7 +204,8 @@ def test_sdxl_backward(px, rank, checkpointing, total):
 @pytest.mark.slow
 def test_checkpointing_trades_memory_for_work():
     kept, again = unet_cost('sdxl', 512, 16, 'attention'), unet_cost('sdxl', 512, 16, 'attention', True)
-    assert again[0].held < .1*kept[0].held and again[0].peak < .6*kept[0].peak and again[0].total > 1.2*kept[0].total
+    assert (again[0].held < .1*kept[0].held and again[0].peak < .6*kept[0].peak
+            and again[0].total > 1.2*kept[0].total)
 
 
 @pytest.mark.slow
@@ -230,7 +236,8 @@ def test_the_plan_of_a_loaded_model(folders):
     for k in 'V tflop memory_weights memory_learning memory_graph'.split():
         assert now[k] == pytest.approx(then[k], rel=.15)
     shared = values(plan_rows('', run, method, units, sizes, device_here(d), world=2))
-    assert shared['images_per_second'] == pytest.approx(2*now['images_per_second']) and shared['memory_graph'] == pytest.approx(now['memory_graph']/2)
+    assert (shared['images_per_second'] == pytest.approx(2*now['images_per_second'])
+            and shared['memory_graph'] == pytest.approx(now['memory_graph']/2))
     resumed = values(plan_rows('', run, method, units, sizes, device_here(d), seconds=2.))
     assert resumed['images_per_second'] == run.batch*method.n/2
 
@@ -245,7 +252,8 @@ def test_measured_time_gives_utilisation():
 
 def test_memory_grows_with_what_learns():
     lora, full, many = [values(plan('shapes', 'rlhf', **kw)) for kw in (dict(), dict(rank=0), dict(batch=80))]
-    assert full['memory_learning'] > 4*lora['memory_learning'] and many['memory_graph'] == pytest.approx(10*lora['memory_graph'])
+    assert (full['memory_learning'] > 4*lora['memory_learning']
+            and many['memory_graph'] == pytest.approx(10*lora['memory_graph']))
     assert lora['fits'] and lora['memory'] < 4 and full['learning'] == pytest.approx(full['parameters'])
 
 
@@ -265,9 +273,11 @@ def test_names_and_folders(folders):
 
 
 @pytest.mark.parametrize('kw, message', [
-    (dict(model='sdxl-turbo'), 'expected sdxl, sd15, shapes'), (dict(device='h20'), "Did you mean 'h200'"),
+    (dict(model='sdxl-turbo'), 'expected sdxl, sd15, an embedded model'),
+    (dict(device='h20'), "Did you mean 'h200'"),
     (dict(px=100), 'multiple of 8'), (dict(px=-8), 'multiple of 8'), (dict(method='ppo'), 'method'),
-    (dict(n=0), 'at least 2'), (dict(seconds=0.), 'positive'), (dict(precision='int8'), 'precision'), (dict(colour=1), 'setting of rlhf')])
+    (dict(n=0), 'at least 2'), (dict(seconds=0.), 'positive'), (dict(precision='int8'), 'precision'),
+    (dict(colour=1), 'setting of rlhf')])
 def test_wrong_requests(kw, message):
     with pytest.raises(ValueError, match=message) as e: plan(**dict(model='shapes', method='rlhf') | kw)
     assert '\n' not in str(e.value)

@@ -12,12 +12,10 @@ from ..basics.settings import within, words
 from ..maths.choice import pair, pick, standardise, tied
 from ..maths.losses import step_log_ratio
 from ..maths.schedules import add_noise
-from diffusion_sharpening.methods.parts import (
-    at_end, candidate_seeds, finished, from_prompt, from_state, guided, path_starts, step_logp, summary,
-    turned)
+from .parts import (
+    at_end, candidate_seeds, check_path, finished, from_prompt, from_state, guided, margin_loss, pair_rows,
+    path_starts, step_logp, summary, turned)
 from .protocol import Lesson, Method
-from .rlhf_sharpening import margin_loss, pair_rows
-from .sft_sharpening import check_path
 
 # %% ../../nbs/08_methods/07_step_preference.ipynb #d5b80631
 @dataclass
@@ -54,7 +52,8 @@ class StepPreference(Method):
         tr = from_state(view, x_t, ts, candidate_seeds(batch.seeds, self.n), batch.cond, self.eta).tr
         R, pictures = at_end(view, judge, finished(view, tr, self.S, batch.cond), batch.prompts)
         (w, l), Z, use = pair(R), standardise(R), (~tied(R)).float()
-        rows = dict(ts=turned(ts), gap=pick(Z, w) - pick(Z, l), **pair_rows(dict(x=tr.states.movedim(0, 2)), w, l))
+        rows = dict(ts=turned(ts), gap=pick(Z, w) - pick(Z, l),
+                    **pair_rows(dict(x=tr.states.movedim(0, 2)), w, l))
         lesson = Lesson(rows, batch.cond, use, summary(R) | dict(tied=1-use.mean()), pictures)
         with model.reference(): lesson.rows |= {f'ref_{s}': self.logp(view, lesson, s) for s in 'wl'}
         return lesson

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from ..models.cond import Cond
-from ..data.sources import Pictures, Prompts
+from ..data.sources import Columns
+from ..methods.protocol import noise_columns
 from ..models.denoiser import Denoiser
 from ..rewards.protocol import Reward
 from ..maths.samplers import time_grid
@@ -25,7 +26,7 @@ from ..models.counting import (
 from .loop import Callback
 from .run import Run, settings
 from ..basics.seeds import START, noise
-from ..worlds.world import WORLDS, world_of
+from ..worlds.world import WORLDS, model_path, world_of
 
 # %% ../../nbs/12_training/06_plan.ipynb #77d73ba1
 @dataclass(frozen=True)
@@ -57,18 +58,17 @@ def device_of(name:str # One of `DEVICES`
 
 # %% ../../nbs/12_training/06_plan.ipynb #fb402ea7
 def mfu(tflop:float, # Work, in 10¹² floating-point operations
-        seconds:float, # What it took
+        seconds:float, # What it took, more than 0
         device:str, # One of `DEVICES`
         dtype=None # None: the processor's default
        )->float: # 0…1
     "Model FLOP utilisation"
-    if not seconds > 0: raise ValueError(f'seconds: expected a positive time, found {seconds}')
     return tflop/seconds/device_of(device).peak(dtype)
 
 # %% ../../nbs/12_training/06_plan.ipynb #a0e2f205
 class StandIn(Denoiser):
     "A model that counts what is asked of it and knows nothing"
-    full, sharded, named = False, False, {}
+    full, sharded, named, eta = False, False, {}, 0.
     def __init__(self, guidance=1., full=False):
         self.full, self.guidance, self.kind, self.schedule = full, guidance, 'epsilon', VP.scaled_linear()
         self.item, self.size, self.device = (1, 1, 1), (1, 1), torch.device('cpu')
@@ -108,8 +108,7 @@ def evaluations(run:Run, method, # Settings, and the method
                )->dict: # Evaluations and decodes, means per batch; copies of weights; pictures in one call
     "What one batch of a method asks for"
     d, judge, texts = StandIn(guidance, run.rank == 0), _Any(), ['a prompt']*run.batch
-    source = (Pictures(d, texts, torch.zeros(run.batch, *d.item), run.batch, run.seed) if method.needs_images
-              else Prompts(d, texts, run.batch, run.seed))
+    source = Columns(d, texts, noise_columns(method, d.item, run.batch), run.batch, run.seed)
     method.start(d)
     for k in range(batches):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -180,7 +179,7 @@ ROWS = dict(
     hours=('h', 'all batches, and the evaluation'))
 
 # %% ../../nbs/12_training/06_plan.ipynb #56cb1194
-def units_of(model:str, # sdxl, sd15, an embedded model, or the folder of a pipeline
+def units_of(model:str, # sdxl, sd15, or the folder of a pipeline
              px:int, # Picture side
              run:Run,
              checkpointing:bool=False # Gradient checkpointing
@@ -198,10 +197,10 @@ def work_of(ask:dict, # From `evaluations`
             units:dict # As for `memory`
            )->dict: # TFLOP per batch: rollout, old, reference, lesson, decode
     "Floating-point operations of one batch"
-    F, V = units['rollout'].tflop, units['decode'].tflop
+    F, V, L = units['rollout'].tflop, units['decode'].tflop, units['lesson'].total
     decodes = ask['decode'] + 3*ask['decode with gradient']
-    return dict(rollout=ask['rollout']*F, old=ask['old']*F, reference=ask['reference']*units['reference'].tflop,
-                lesson=ask['lesson']*units['lesson'].total, decode=decodes*V)
+    return dict(rollout=ask['rollout']*F, old=ask['old']*F, lesson=ask['lesson']*L,
+                reference=ask['reference']*units['reference'].tflop, decode=decodes*V)
 
 # %% ../../nbs/12_training/06_plan.ipynb #de370abe
 def evaluation_of(units:dict, # As for `memory`
@@ -281,13 +280,14 @@ def plan(
     "What a training would cost, without training"
     changes |= {k: v for k, v in dict(n=n, m=m).items() if v is not None}
     run, made = settings(method, preset, **changes)
-    dev, px, guidance = device_of(device), picture_side(model, px), 1. if world_of(model) else 5.
+    folder, guidance = model_path(model), 1. if world_of(model) else 5.
+    dev, px = device_of(device), picture_side(folder, px)
     if seconds is not None and not seconds > 0:
         raise ValueError(f'seconds: expected a positive time, found {seconds}')
     if world < 1 or run.batch % world:
         raise ValueError(f'world: expected processes that share a batch of {run.batch} evenly, found {world}')
     what = f'{method} ({preset}) of {Path(model).name}, {px} px'
-    units, sizes = units_of(model, px, run, checkpointing)
+    units, sizes = units_of(folder, px, run, checkpointing)
     return plan_rows(what, run, made, units, sizes, dev, guidance, seconds, share, world, heldout, S_eval)
 
 # %% ../../nbs/12_training/06_plan.ipynb #f509f359
