@@ -30,7 +30,8 @@ def command(xl, out, *more, steps=3, batch=4, **settings):
                                           checkpoint_every=1) | settings).items()]
     return [str(a) for a in (*SHARPEN, 'train', 'rlhf', '--model', xl/'xl', '--reward', 'clip@shapes',
                              '--prompts', xl/'prompts.txt',
-                             '--out', out, '--heldout', 0, '--guidance', 1, '--steps', steps, *more, '--set', *pairs)]
+                             '--out', out, '--heldout', 0, '--guidance', 1, '--steps', steps,
+                             *more, '--set', *pairs)]
 
 
 def run(cmd): return subprocess.run(cmd, env=ENV, capture_output=True, text=True, timeout=240)
