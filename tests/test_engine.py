@@ -143,7 +143,7 @@ def test_killed_and_damaged(xl, alone):
     "SIGKILL, then the newest checkpoint loses a byte: the run goes on from the one before, to the same bits"
     out = xl/'killed'
     p = subprocess.Popen(command(xl, out), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(1200):
+    for _ in range(6000):
         if len(checkpoints(out/'checkpoints')) > 1 or p.poll() is not None: break
         time.sleep(.02)
     p.kill(); p.wait()
