@@ -6,8 +6,9 @@
 __all__ = ['quiet', 'named', 'load_model', 'base_of', 'output_folder', 'first_process']
 
 # %% ../../nbs/13_commands/03_load.ipynb #43b44961
-import json, os, torch
+import os, torch
 from pathlib import Path
+from ..basics.files import read_json
 from ..models.denoiser import Denoiser
 from ..worlds.world import WORLDS, model_path, world_of
 
@@ -56,8 +57,8 @@ def base_of(model:str=None, # As it was asked for; None: as the run says, or the
     if lora is None: return next(m for w in WORLDS.values() for m in w.models)
     run = Path(named(lora, 'lora'))
     for file in (run/'report.json', run/'run.json'):
-        try: found = json.loads(file.read_text(encoding='utf-8')).get('model')
-        except (OSError, ValueError, AttributeError): continue
+        try: found = read_json(file).get('model')
+        except (ValueError, AttributeError): continue
         if isinstance(found, str) and found: return found
     raise ValueError(f'model: {run} does not say which model it was trained on; name it with --model')
 

@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from torch import Tensor
 from urllib import error, request
 from urllib.parse import urlsplit
+from ..basics import settings as ranges
 from ..basics.pictures import PictureError, as_png, as_tensor, open_header, open_picture
 from .address import limited, read_json, read_settings, shown, within
 from .protocol import Reward, RewardError
@@ -164,19 +165,15 @@ def serving(reward:Reward, **where): # Gives the URL; `where` as for `make_serve
 
 # %% ../../nbs/04_rewards/16_remote.ipynb #7fe242e0
 @dataclass
-class Asking:
+class Asking(ranges.Settings):
     "How a server is asked"
-    timeout: float = 60.  # Seconds of silence before a try counts as failed
-    total: float = 300.   # Seconds that a whole reply may take
-    patience: float = 10. # Seconds over which a request that fails is tried again
-    threads: int = 4      # Requests under way at once
-    chunk: int = 16       # Pictures per request
-    empty: int = 3        # Batches in a row without any score before giving up
-
-    def __post_init__(self):
-        for k, v in vars(self).items():
-            if not (v > 0 or k == 'patience' and v == 0) or v == math.inf:
-                raise ValueError(f'remote: {k}: expected a finite number above 0, found {v}')
+    whose = 'remote'
+    timeout: float = ranges.within(60., above=0, hi=1e6)  # Seconds of silence before a try counts as failed
+    total: float = ranges.within(300., above=0, hi=1e6)   # Seconds that a whole reply may take
+    patience: float = ranges.within(10., 0, hi=1e6) # Seconds over which a request that fails is tried again
+    threads: int = ranges.within(4, 1, 256)         # Requests under way at once
+    chunk: int = ranges.within(16, 1)               # Pictures per request
+    empty: int = ranges.within(3, 1)                # Batches in a row without any score before giving up
 
 # %% ../../nbs/04_rewards/16_remote.ipynb #f562f874
 RETRY = {408, 429, 500, 502, 503, 504}
