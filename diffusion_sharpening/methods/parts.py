@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['guided', 'plain', 'candidate_seeds', 'path_starts', 'stride_starts', 'asked_times', 'Paths', 'from_noises',
            'from_state', 'from_prompt', 'coupled', 'along_path', 'at_end', 'finished', 'summary', 'taken', 'path_error',
-           'held_noise', 'end_error', 'noised', 'step_logp', 'turned', 'flat', 'repeated']
+           'held_noise', 'end_error', 'noised', 'step_logp', 'places', 'grid_times', 'any_times', 'ties', 'say',
+           'data_error', 'turned', 'flat', 'repeated']
 
 # %% ../../nbs/08_methods/02_parts.ipynb #94a3850d
 import torch
 from dataclasses import dataclass
 from torch import Tensor
 from ..basics.seeds import START, fold, noise, stream
-from ..maths.choice import aggregate
+from ..maths.choice import aggregate, tied
 from ..maths.losses import denoising
 from ..maths.rollout import Trajectory, path_times, rollout, stride_times
 from ..maths.samplers import log_prob, step
-from ..maths.schedules import add_noise, implied_eps, target
+from ..maths.schedules import Flow, add_noise, implied_eps, target
 from ..rewards.ahead import judged
 
 # %% ../../nbs/08_methods/02_parts.ipynb #ae608872
@@ -240,6 +241,57 @@ def step_logp(model,
     x0, eps = model.predict(x[:-1], ts[:-1].clamp(min=0), cond)
     st = step(model.schedule, x[:-1], x0, eps, ts[:-1], ts[1:], eta)
     return log_prob(x[1:], st.mean, st.std).mean(0)
+
+# %% ../../nbs/08_methods/02_parts.ipynb #c8502110
+def places(seeds:Tensor, # int64, any shape
+           k:Tensor, # Which noise of its sample each row is: int64, same shape
+           K:int, # Noises per sample
+           u:int=0, # Number of the update
+           early:float=0., late:float=1. # Between these shares of the way
+          )->Tensor: # Shape of `seeds`, between `early` and `late`
+    "Shares of the sampler's way at which finished samples are noised"
+    free = (stream(seeds, 'time', u) % 2**24 + .5)/2**24
+    return early + (late - early)*(k + free)/K
+
+# %% ../../nbs/08_methods/02_parts.ipynb #5944db75
+def grid_times(model, S:int, # Sampler steps
+               place:Tensor # Shares of the way, any shape
+              )->Tensor: # Times, same shape
+    "The sampler's own times at these places"
+    return model.grid(S)[(place*S).long().clamp(max=S-1)]
+
+# %% ../../nbs/08_methods/02_parts.ipynb #4f48d1ad
+def any_times(model, S:int, # Not used: the times lie on no grid
+              place:Tensor # Shares of the way, any shape
+             )->Tensor: # Times, same shape
+    "Training times at these places"
+    if isinstance(model.schedule, Flow): return 1 - place
+    return ((1 - place)*model.schedule.T).long().clamp(0, model.schedule.T - 1)
+
+# %% ../../nbs/08_methods/02_parts.ipynb #13f44028
+def ties(R:Tensor # Values `(n, B)`
+        )->dict: # For the log: shares of prompts `tied`, `tied_good`, `tied_bad`
+    "Prompts whose candidates tie, by kind"
+    lo, hi = R.min(), R.max()
+    good = R[0] > ((lo + hi)/2 if hi > lo else 0.)
+    t = tied(R)
+    return {k: v.float().mean() for k, v in dict(tied=t, tied_good=t & good, tied_bad=t & ~good).items()}
+
+# %% ../../nbs/08_methods/02_parts.ipynb #81848bc1
+def say(model, name:str, ask):
+    "What other weights answer, without gradient: `ref` (the base), or the name of a copy"
+    weights = model.reference() if name == 'ref' else model.use(name)
+    with torch.no_grad(), weights: return ask()
+
+# %% ../../nbs/08_methods/02_parts.ipynb #279055a3
+def data_error(model,
+               x0:Tensor, # Clean latents of data `(R, *item)`
+               cond, # Of the `R` rows
+               seeds:Tensor, # int64 `(R,)`
+               u:int=0 # Number of the update
+              )->Tensor: # `(R,)`
+    "The plain loss on data, with fresh noise at one time for each row"
+    return plain(model).denoising_loss(x0, cond, stream(seeds, 'image', u))
 
 # %% ../../nbs/08_methods/02_parts.ipynb #e000af51
 def turned(x:Tensor # `(m, B, …)`, or `(B, m, …)`

@@ -44,6 +44,8 @@ class Method(Settings):
     width = 1             # Network evaluations with gradient for each row of a lesson
     needs_images = False  # Does it learn from pictures?
     needs_judge = True    # Does it ask a reward?
+    first = {}            # What statistics must be before the first update; the loop checks it
+    variants = 'paper', 'released' # Named constructors, of those that it has
 
     def start(self, model):
         "Prepare what is kept beside the policy, before the first batch"

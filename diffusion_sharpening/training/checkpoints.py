@@ -86,6 +86,7 @@ def _newest(folder, read,
         except CheckpointError as e: say(f'{e}; trying the one before')
     if found: raise CheckpointError(f'checkpoint: none of the {len(found)} in {folder} is whole')
 
+# %% ../../nbs/12_training/04_checkpoints.ipynb #8dc53c35
 def latest(folder, # Where the checkpoints of a run lie
            say=print # Told of each one that is not whole
           )->Path: # The newest whole one; None if there are none at all, `CheckpointError` if none is whole

@@ -3,9 +3,9 @@
 `python nbs/_dev/kill_runs.py [METHOD …] [--runs 20]`
 
 Every method with every preset of the catalogue, or the methods named. Each run is a forked process that gets
-SIGKILL after a random delay, again and again until it comes to its end. It must end in the weights, averages,
-optimizer moments, method state and history of the run that was left alone. The summary goes to
-data/results/kill_runs.json (not with --dry)."""
+SIGKILL after a random time of its processor, again and again until it comes to its end. It must end in the
+weights, averages, optimizer moments, method state and history of the run left alone. The summary goes
+to data/results/kill_runs.json (not with --dry)."""
 import argparse, hashlib, json, os, random, signal, sys, tempfile, time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -66,8 +66,13 @@ def run_once(arm, model, out, steps):
                   Checkpoint(at, about, dict(asked=asked), resume=True)]
         train(net, method, Bright(), source(net, method, run), run, beside)
 
+def processor_seconds(pid):
+    "Processor time a child has used (Linux), so that a busy machine moves no kill; None once it has ended"
+    try: return time.clock_gettime((~pid << 3) | 2)
+    except OSError: return None
+
 def sitting(*run, out, delay=None):
-    "Run in a child; True if it came to its end before it was killed"
+    "Run in a child; its processor seconds if it came to its end before it was killed, else False"
     pid = os.fork()
     if pid == 0:
         sys.stdout = sys.stderr = open(out.with_suffix('.txt'), 'w')
@@ -77,13 +82,14 @@ def sitting(*run, out, delay=None):
         except BaseException as e:
             print(f'{type(e).__name__}: {e}', flush=True)
             os._exit(1)
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
+    while delay is not None and (used := processor_seconds(pid)) is not None:
+        if used > delay: os.kill(pid, signal.SIGKILL)
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT): break
+        time.sleep(.003)
+    status, usage = os.wait4(pid, 0)[1:]
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
         raise SystemExit(f'a run of {run[0]} failed by itself: {out.with_suffix(".txt").read_text()[-500:]}')
-    return os.WIFEXITED(status)
+    return os.WIFEXITED(status) and usage.ru_utime + usage.ru_stime
 
 def digest(out):
     "The bits a run ended in: all tensors but the random states, the history and the counters"
@@ -101,9 +107,8 @@ def digest(out):
 def kill_arm(arm, model, d, runs, steps, rng):
     "How many of `runs` killed runs end as the one left alone, and how often they were killed"
     sitting(arm, model, d/'warm', 1, out=d/'warm')                     # files and caches
-    t = time.time()
-    sitting(arm, model, d/'whole', steps, out=d/'whole')
-    length, want, same, kills = time.time() - t, digest(d/'whole'), 0, 0
+    length = sitting(arm, model, d/'whole', steps, out=d/'whole')
+    want, same, kills = digest(d/'whole'), 0, 0
     for i in range(runs):
         out = d/f'run{i}'
         while not sitting(arm, model, out, steps, out=out, delay=rng.uniform(.05, 1.1)*length): kills += 1
