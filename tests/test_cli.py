@@ -359,31 +359,6 @@ def test_embedded_model_trains_on_clip(tmp_path, monkeypatch):
 
 # Every command as a command line
 
-def readme_commands():
-    "The command lines of README.md, with numbers that make them small"
-    text = (Path(__file__).parents[1]/'README.md').read_text(encoding='utf-8')
-    lines = [l.split('#')[0].split() for l in text.splitlines() if l.startswith('sharpen ')]
-    less = {'--steps': {'100': '1', '200': '2'}}
-    few = ['--n', '2', '--S', '1']
-    more = dict(train=['--heldout', '2', '--S-eval', '1'], sample=few, evaluate=few)
-    for l in lines:
-        l = [less.get(a, {}).get(b, b) for a, b in zip(['', *l], l)]
-        if l[1] == 'train' and '--resume' not in l:
-            l += [*more['train'], '--set', 'n=2', 'S=2', 'batch=2', 'rank=2']
-        yield l[1:] + more.get(l[1], [])*(l[1] != 'train')
-
-
-def test_readme_commands(tmp_path, monkeypatch, capsys):
-    "What the README types works, in its order and in one folder"
-    monkeypatch.chdir(tmp_path)
-    seen = set()
-    for argv in readme_commands():
-        assert call(monkeypatch, *argv) == 0, argv
-        seen.add(argv[0])
-    assert {'train', 'sample', 'evaluate', 'plan'} <= seen
-    assert json.loads((tmp_path/'runs/first/report.json').read_text())['steps'] == 2
-
-
 def test_each_command(trained, tmp_path, monkeypatch, capsys):
     "export, push, score, plan, methods, rewards and serve-reward, from the command line to what they print"
     run, pics = trained[0], tmp_path/'pics'

@@ -6,7 +6,7 @@
 __all__ = ['digest', 'finite', 'write_whole', 'write_json', 'parse_json', 'read_json']
 
 # %% ../../nbs/01_basics/02_files.ipynb #d999cea1
-import hashlib, json, math, os
+import errno, hashlib, json, math, os
 from pathlib import Path
 
 # %% ../../nbs/01_basics/02_files.ipynb #156e0add
@@ -14,6 +14,8 @@ def digest(path # A file
           )->str:
     "SHA-256 of a file"
     h = hashlib.sha256()
+    if not Path(path).is_file() and Path(path).exists():              # a pipe would be waited for
+        raise OSError(errno.EINVAL, 'not a regular file', str(path))
     with open(path, 'rb') as f:
         for part in iter(lambda: f.read(1 << 20), b''): h.update(part)
     return h.hexdigest()

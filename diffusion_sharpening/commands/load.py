@@ -17,7 +17,7 @@ def quiet():
     "Keep the loading bars of diffusers and transformers out of the way"
     import diffusers, transformers
     for log in (diffusers.utils.logging, transformers.utils.logging):
-        log.set_verbosity_error()
+        log.set_verbosity(log.CRITICAL)   # what goes wrong is said by the error that follows
         log.disable_progress_bar()
 
 # %% ../../nbs/13_commands/03_load.ipynb #44abec49

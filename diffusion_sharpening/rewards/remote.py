@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_BODY', 'MAX_PICTURE', 'MAX_PIXELS', 'READING', 'RETRY', 'MAX_REPLY', 'pack', 'files_of', 'unpack', 'answer',
-           'body_of', 'make_server', 'serve', 'serving', 'Asking', 'once', 'post', 'server_of', 'Remote']
+           'body_of', 'key_of', 'make_server', 'serve', 'serving', 'Asking', 'once', 'post', 'server_of', 'Remote']
 
 # %% ../../nbs/04_rewards/16_remote.ipynb #b87f01cc
 import base64, hashlib, hmac, json, math, os, random, re, threading, time, torch
@@ -125,6 +125,14 @@ def _handler(reward, key): # The class that answers requests
             self.reply(*res)
     return Handler
 
+# %% ../../nbs/04_rewards/16_remote.ipynb #38022e98
+def key_of(given:str=None # Nothing: `SHARPEN_REWARD_KEY` of the environment
+          )->str: # None if there is none; ValueError for one that a header cannot hold
+    "The key that server and client share"
+    key = given or os.environ.get('SHARPEN_REWARD_KEY') or None
+    if key is None or re.fullmatch('[!-~]+', key): return key
+    raise ValueError('SHARPEN_REWARD_KEY: expected letters, digits and signs of ASCII without spaces')
+
 # %% ../../nbs/04_rewards/16_remote.ipynb #d620fd22
 class _Server(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 64
@@ -132,7 +140,7 @@ class _Server(ThreadingHTTPServer):
 
 def make_server(reward:Reward, port:int=0, host:str='127.0.0.1', key:str=None): # Server, not yet answering
     "A server for a reward; port 0: any free one"
-    key = key or os.environ.get('SHARPEN_REWARD_KEY')
+    key = key_of(key)
     if host not in _LOCAL and not key:
         raise ValueError(f'serving on {host}: other machines can reach it; '
                          'set SHARPEN_REWARD_KEY on both sides first')
@@ -269,8 +277,7 @@ class Remote(Reward):
 
     def ask(self, images:Tensor, prompts:list)->list:
         "Scores of one request; `RewardError` if the reply is not one number or null per picture"
-        key = os.environ.get('SHARPEN_REWARD_KEY')
-        res = post(self.url, pack(images, prompts), self.how, key)
+        res = post(self.url, pack(images, prompts), self.how, key_of())
         s = res.get('scores') if isinstance(res, dict) else None
         if not isinstance(s, list) or len(s) != len(prompts) or not all(map(_is_score, s)):
             raise RewardError(f'remote: expected {len(prompts)} scores from {shown(self.url)}, '

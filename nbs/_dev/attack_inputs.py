@@ -13,13 +13,15 @@ CLASSES = dict(run=Run, remote=Asking, mllm=Grading, **METHODS)
 
 # Settings
 
-ODD = [math.nan, math.inf, -math.inf, 'x', '', '1', None, [], {}, -1, 0, -1e308, 1e308, 1.5, 10**400, -10**400,
+ODD = [math.nan, math.inf, -math.inf, 'x', '', '1', None, [], {}, -1, 0, -1e308, 1e308, 1.5, 10**400,
+       -10**400,
        '\0', 'x'*10_000]
 
 def values(f):
     "Values that a field should not take, or only where they make sense"
     kind = type(f.default)
-    return [*ODD, *[True]*(kind is not bool), *[1, 0.]*(kind is bool), *[f.metadata[k] - 1 for k in ('lo', 'above')
+    return [*ODD, *[True]*(kind is not bool), *[1, 0.]*(kind is bool),
+            *[f.metadata[k] - 1 for k in ('lo', 'above')
             if f.metadata.get(k) is not None], *[f.metadata[k] + 1 for k in ('hi', 'below')
             if f.metadata.get(k) is not None]]
 
@@ -66,7 +68,8 @@ def settings_of_plans():
                 typed, name, [f'{f.name}={v}'])
     for f in dataclasses.fields(Run):
         if isinstance(f.default, bool) or not isinstance(f.default, (int, float)): continue
-        for v in (10**30, 10**9, 1e300): yield f'run {f.name}={v:g}', partial(typed, 'rlhf', [f'{f.name}={v}'])
+        for v in (10**30, 10**9,
+                  1e300): yield f'run {f.name}={v:g}', partial(typed, 'rlhf', [f'{f.name}={v}'])
 
 PAIRS = ['n=' + '['*100_000, 'n=' + '9'*5000, 'n={"a":' * 50_000, '=3', '==', 'n==3', 'n', 'n=1e400', 'n=-0',
          'n=0x10', 'n=²', 'n=NaN', 'n=Infinity', 'lr=1e-400', 'seed=1e3', '__class__=3', 'self=1', 'steps=',
@@ -78,7 +81,8 @@ def pairs_of_set():
         sharpen('train', 'rlhf', '--out', kit.place()/'o', '--heldout', 0, '--set', p, 'batch=0'), 2)
 
 CONFIGS = dict(deep='['*100_000, digits='{"n": ' + '9'*5000 + '}', nan='{"lr": NaN}', bytes=b'{"n": 3\xff}',
-               bom='\ufeff{"n": 0}', empty='', null='null', twice='{"n": 3, "n": 0}', nested='{"n": {"a": 1}}',
+               bom='\ufeff{"n": 0}', empty='', null='null', twice='{"n": 3, "n": 0}',
+               nested='{"n": {"a": 1}}',
                long='{"' + 'n'*100_000 + '": 1}', zero='\0', utf16='{"n": 0}'.encode('utf-16'))
 
 def configured(content, kit):
@@ -98,7 +102,8 @@ def config_files():
 # Options
 
 OPTIONS = {
-    'plan': ('--model {xl}', '--model --method --preset --n --m --px --device --world --seconds --share --heldout '
+    'plan': ('--model {xl}',
+             '--model --method --preset --n --m --px --device --world --seconds --share --heldout '
              '--S-eval --steps'),
     'sample': ('--model {xl} --prompts {p} --out {o} --n 1 --S 1',
                '--model --lora --prompts --out --n --S --seed --guidance --px --variant'),
@@ -112,8 +117,10 @@ OPTIONS = {
     'serve-reward': ('--reward nothing', '--port --host --reward'),
     'demo': ('--out {file}/x', '--out --steps --seed')}
 NUMBERS = ['-1', '1.5', 'x', '', 'nan', 'inf', '1e400', str(10**30), '9'*5000, '²', '0']
-TEXT = ['', '\0', 'x'*5000, '/dev/null', '/dev/full', '/', '.', '-', '~nobody/x', 'hf:', 'hf:a', 'hf:/', ':', '::',
-        'a:b:c', '..', '{fifo}', '{file}', '{folder}', '\udcff', 'a\nb', '@', '!', ',', 'clip@', '(', 'clip:nan',
+TEXT = ['', '\0', 'x'*5000, '/dev/null', '/dev/full', '/', '.', '-', '~nobody/x', 'hf:', 'hf:a', 'hf:/',
+        ':', '::',
+        'a:b:c', '..', '{fifo}', '{file}', '{folder}', '\udcff', 'a\nb', '@', '!', ',', 'clip@', '(',
+        'clip:nan',
         'remote@', 'mllm@', 'remote@http://[', 'own', 'http://', '*', '%s', '{{x}}', 'a/b', 'a/b/c', '--']
 COUNTS = '--n --m --px --world --seconds --share --heldout --S-eval --steps --S --seed --guidance --batch --port'.split()
 
@@ -121,7 +128,8 @@ def optional(command, base, option, value, kit):
     "Refused in one line, or done"
     d = kit.place()
     os.mkfifo(d/'fifo'); (d/'file').write_text('mine'); (d/'folder').mkdir()
-    names = dict(xl=kit.folder/'xl', p=kit.folder/'prompts.txt', o=d/'o', r=kit.reward, pics=kit.folder/'pics',
+    names = dict(xl=kit.folder/'xl', p=kit.folder/'prompts.txt', o=d/'o', r=kit.reward,
+                 pics=kit.folder/'pics',
                  **{k: d/k for k in ('fifo', 'file', 'folder')})
     argv = [a.format(**names) for a in base.split()]
     value = value.format(**names) if '{' in value else value
@@ -139,8 +147,10 @@ def options():
 
 # Names of files
 
-NAMES = ['with space', 'a\nb', "it's", 'a"b', 'a:b', 'a,b', 'a;b', 'a=b', 'a#b', 'a@b', 'a!b', '%s', '{x}', '$HOME',
-         '-dash', '~', 'é', '日本', '🐈', 'a\u2028b', '\udcff\udcfe', 'x'*200, '...', '(a)', '[a]', 'a*', 'a\\b', '\x1b[31m']
+NAMES = ['with space', 'a\nb', "it's", 'a"b', 'a:b', 'a,b', 'a;b', 'a=b', 'a#b', 'a@b', 'a!b', '%s', '{x}',
+         '$HOME',
+         '-dash', '~', 'é', '日本', '🐈', 'a\u2028b', '\udcff\udcfe', 'x'*200, '...', '(a)', '[a]', 'a*',
+         'a\\b', '\x1b[31m']
 
 def named(name, kit):
     "Everything of a run lies in a folder of that name"
@@ -152,7 +162,8 @@ def named(name, kit):
     argv = kit.train('o', 1, model='xl', reward='r.py:bright', prompts='p.txt')
     if why := trouble(sharpen(*argv, at=d), 0): return f'train: {why}'
     for more in ('sample', '--lora', 'o', '--out', 's', '--n', 1, '--S', 1, '--prompts', 'p.txt'), (
-            'push', 'o', 'me/x', '--dry-run'), ('export', 'o'), ('train', 'rlhf', '--resume', 'o', '--steps', 2):
+            'push', 'o', 'me/x', '--dry-run'), ('export',
+                                                'o'), ('train', 'rlhf', '--resume', 'o', '--steps', 2):
         if why := trouble(sharpen(*more, at=d), 0): return f'{more[0]}: {why}'
     full = kit.train(d/'o2', 1, model=d/'xl', reward=f'"{d}/r.py:bright"', prompts=d/'p.txt')
     return trouble(sharpen(*full), 0, 2)
@@ -165,11 +176,15 @@ def names_of_files():
 # Prompts
 
 PROMPTS = {
-    'p.txt': ['a $_$ dog', 'a\tb', '\\frac{', '<b>|x|</b>', '`', 'x'*100_000, '🐈'*500, '\u202eabc', 'e\u0301'*99, '%s%n',
+    'p.txt': ['a $_$ dog', 'a\tb', '\\frac{', '<b>|x|</b>', '`', 'x'*100_000, '🐈'*500, '\u202eabc',
+              'e\u0301'*99, '%s%n',
               '{0}', '$(rm x)', '#', '--', '\x07', '\x1b[2J', 'None', 'null', '0'],
-    'p.jsonl': ['{"prompt": "a\\nb"}', '{"prompt": "\\u0000"}', '{"prompt": 3}', '{"prompt": null}', '[]', '"x"', '{}',
-                '['*100_000, '{"prompt": "\\ud800"}', '{"prompt": "x", "prompt": "y"}', '9'*5000, '{"a": 1e999}'],
-    'p.csv': ['prompt\n', '"', 'prompt,prompt\na,b', 'a,b\n1,2', 'prompt\n"x', '\0', ',,,', 'prompt\n' + 'x'*10**6],
+    'p.jsonl': ['{"prompt": "a\\nb"}', '{"prompt": "\\u0000"}', '{"prompt": 3}', '{"prompt": null}', '[]',
+                '"x"', '{}',
+                '['*100_000, '{"prompt": "\\ud800"}', '{"prompt": "x", "prompt": "y"}', '9'*5000,
+                '{"a": 1e999}'],
+    'p.csv': ['prompt\n', '"', 'prompt,prompt\na,b', 'a,b\n1,2', 'prompt\n"x', '\0', ',,,',
+              'prompt\n' + 'x'*10**6],
     'p.parquet': ['PAR1', '', 'PAR1' + '\0'*100 + 'PAR1'], 'p.arrow': ['ARROW1', '\xff'*99],
     'p.json': ['{', '[[[]]]', '3', '"a"', '[{"prompt": "a"}, 3]', '{"prompt": {"prompt": 3}}', 'NaN'],
     'p.zip': ['PK'], 'p.exe': ['MZ'], 'p': ['a dog']}
@@ -215,7 +230,7 @@ def lora_with(change, kit):
     model = ['--model', kit.folder/'xl', '--prompts', kit.folder/'prompts.txt', '--n', 1, '--S', 1]
     for argv in (['sample', *model, '--lora', run, '--out', run/'s'], ['export', run],
                  ['push', run, 'me/x', '--dry-run']):
-        if why := trouble(sharpen(*argv, wait=30), 2): return f'{argv[0]}: {why}'
+        if why := trouble(sharpen(*argv, wait=30), 1, 2): return f'{argv[0]}: {why}'
 
 def packed(header, data=b''): return struct.pack('<Q', len(header)) + header + data
 
@@ -237,7 +252,8 @@ LORAS = {f'cut to {n} bytes': cut(n) for n in (0, 1, 7, 8, 9, 100, 2000, -1)} | 
     'header of 100 MB': put(struct.pack('<Q', 10**8) + b'{}'), 'no JSON': put(packed(b'{"a": ')),
     'deep header': put(packed(b'['*10_000)), 'no tensors': put(packed(b'{}')),
     'offsets beyond': put(packed(b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,999]}}', b'x'*36)),
-    'huge shape': put(packed(b'{"a":{"dtype":"F32","shape":[99999999999,9],"data_offsets":[0,36]}}', b'x'*36)),
+    'huge shape': put(packed(b'{"a":{"dtype":"F32","shape":[99999999999,9],"data_offsets":[0,36]}}',
+                             b'x'*36)),
     'strange key': put(packed(b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}', b'x'*36))} | {
     k: made(k) for k in ('fifo', 'folder', 'loop', 'zeros', 'gone')}
 
@@ -258,7 +274,8 @@ def model_with(file, change, kit):
     return trouble(end, 0, 1, 2)
 
 CONFIG_FILES = ['model_index.json', 'unet/config.json', 'vae/config.json', 'text_encoder/config.json',
-                'text_encoder_2/config.json', 'scheduler/scheduler_config.json', 'tokenizer/tokenizer_config.json',
+                'text_encoder_2/config.json', 'scheduler/scheduler_config.json',
+                'tokenizer/tokenizer_config.json',
                 'tokenizer/vocab.json', 'tokenizer_2/merges.txt', 'tokenizer/tokenizer.json']
 WEIGHT_FILES = ['unet/diffusion_pytorch_model.safetensors', 'vae/diffusion_pytorch_model.safetensors',
                 'text_encoder/model.safetensors', 'text_encoder_2/model.safetensors']
@@ -297,8 +314,10 @@ def not_finite(f):
 JSON_DAMAGE = {'empty': whole(''), 'half': lambda f: f.write_text(f.read_text()[:len(f.read_text())//2]),
                'list': whole('[]'), 'null': whole('null'), 'object': whole('{}'), 'deep': whole('['*100_000),
                'latin': put(b'{"a": "\xe9"}')} | {k: made(k) for k in ('gone', 'fifo', 'folder', 'loop')}
-WEIGHT_DAMAGE = {'empty': whole(''), 'cut': cut(-1), 'half': cut(9999), 'key gone': missing_key, 'other keys': other_keys,
-                 'other shape': other_shape, 'NaN': not_finite} | {k: made(k) for k in ('gone', 'fifo', 'folder')}
+WEIGHT_DAMAGE = {'empty': whole(''), 'cut': cut(-1), 'half': cut(9999), 'key gone': missing_key,
+                 'other keys': other_keys,
+                 'other shape': other_shape,
+                 'NaN': not_finite} | {k: made(k) for k in ('gone', 'fifo', 'folder')}
 VALUES = [('unet/config.json', dict(block_out_channels=64)), ('unet/config.json', dict(in_channels=0)),
           ('unet/config.json', dict(sample_size='x')), ('unet/config.json', dict(sample_size=0)),
           ('vae/config.json', dict(scaling_factor=0)), ('vae/config.json', dict(scaling_factor='x')),
@@ -307,12 +326,15 @@ VALUES = [('unet/config.json', dict(block_out_channels=64)), ('unet/config.json'
           ('scheduler/scheduler_config.json', dict(num_train_timesteps=10**9)),
           ('scheduler/scheduler_config.json', dict(num_train_timesteps='x')),
           ('scheduler/scheduler_config.json', dict(beta_schedule='nonsense')),
-          ('scheduler/scheduler_config.json', dict(beta_end=2)), ('scheduler/scheduler_config.json', dict(beta_end=None)),
+          ('scheduler/scheduler_config.json', dict(beta_end=2)),
+          ('scheduler/scheduler_config.json', dict(beta_end=None)),
           ('scheduler/scheduler_config.json', dict(prediction_type='nonsense')),
           ('model_index.json', dict(_class_name='Nonsense')), ('model_index.json', dict(_class_name=3)),
           ('model_index.json', dict(unet=None)), ('model_index.json', dict(unet=['os', 'system'])),
-          ('model_index.json', dict(unet=['diffusers', 'AutoencoderKL'])), ('model_index.json', dict(more=['x', 'Y'])),
-          ('text_encoder/config.json', dict(hidden_size=0)), ('text_encoder/config.json', dict(num_hidden_layers=1)),
+          ('model_index.json', dict(unet=['diffusers', 'AutoencoderKL'])),
+          ('model_index.json', dict(more=['x', 'Y'])),
+          ('text_encoder/config.json', dict(hidden_size=0)),
+          ('text_encoder/config.json', dict(num_hidden_layers=1)),
           ('text_encoder/config.json', dict(model_type='nonsense')),
           ('tokenizer/tokenizer_config.json', dict(model_max_length='x')),
           ('tokenizer/tokenizer_config.json', dict(model_max_length=0)),
@@ -387,8 +409,10 @@ def judged(name, kit):
     sharpen(*kit.train('p', 2, heldout=2), at=d)
     return '' if weights(d/'o') == weights(d/'p') else 'it changed what was trained'
 
-MODULES = dict(syntax='def f(', exits='import sys; sys.exit(0)', raises='1/0', imports='import nonsense_package',
-               nul='\0', latin=b'# \xe9\ndef f(a, b): return [0.]*len(b)', empty='', folder='folder', fifo='fifo',
+MODULES = dict(syntax='def f(', exits='import sys; sys.exit(0)', raises='1/0',
+               imports='import nonsense_package',
+               nul='\0', latin=b'# \xe9\ndef f(a, b): return [0.]*len(b)', empty='', folder='folder',
+               fifo='fifo',
                deep='(' * 1000, loop='def __getattr__(k): raise SystemExit(k)')
 
 def imported(content, kit):
@@ -413,10 +437,13 @@ def bytes_of(mode='RGB', size=(64, 64), kind='PNG', **how):
 
 def pictures_of():
     good = bytes_of()
-    bad = {'empty': b'', 'text': b'hello', 'half': good[:len(good)//2], 'flipped': good[:60] + b'\xff' + good[61:],
-           '16 bit': bytes_of('I;16'), 'float': bytes_of('F', kind='TIFF'), 'svg': b'<svg/>', 'eps': b'%!PS-Adobe-3.0 EPSF',
-           'moving': bytes_of('P', kind='GIF', save_all=True, append_images=[Image.new('P', (64, 64), 1)])}
-    fine = {'gray': bytes_of('L'), 'palette': bytes_of('P'), 'alpha': bytes_of('RGBA'), 'cmyk': bytes_of('CMYK', kind='JPEG'),
+    bad = {'empty': b'', 'text': b'hello', 'half': good[:len(good)//2],
+           'flipped': good[:60] + b'\xff' + good[61:],
+           '16 bit': bytes_of('I;16'), 'float': bytes_of('F', kind='TIFF'), 'svg': b'<svg/>',
+           'eps': b'%!PS-Adobe-3.0 EPSF',
+           'moving': bytes_of('L', kind='GIF', save_all=True, append_images=[Image.new('L', (64, 64), 200)])}
+    fine = {'gray': bytes_of('L'), 'palette': bytes_of('P'), 'alpha': bytes_of('RGBA'),
+            'cmyk': bytes_of('CMYK', kind='JPEG'),
             'one bit': bytes_of('1'), 'webp': bytes_of(kind='WEBP'), 'one pixel': bytes_of(size=(1, 1)),
             'long': bytes_of(size=(3000, 2))}
     return bad, fine

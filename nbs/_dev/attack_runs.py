@@ -8,7 +8,8 @@ from attack_inputs import cut, flip, made, put, whole
 CHECKPOINT = 'checkpoints/step-00000002'
 RECORDS = ['run.json', 'manifest.json', 'report.json']
 HARMS = dict(gone=made('gone'), empty=whole(''), text=whole('hello'), list=whole('[]'), null=whole('null'),
-             object=whole('{}'), deep=whole('['*100_000), digits=whole('9'*5000), nan=whole('NaN'), latin=put(b'"\xe9"'),
+             object=whole('{}'), deep=whole('['*100_000), digits=whole('9'*5000), nan=whole('NaN'),
+             latin=put(b'"\xe9"'),
              folder=made('folder'), fifo=made('fifo'), loop=made('loop'), zeros=made('zeros'), cut=cut(-1),
              half=cut(300), flipped=flip(.5), first=flip(0.))
 
@@ -52,7 +53,8 @@ def others(file, harm, kit):
     harm(run/file)
     before, d = inside(run), kit.place()
     for argv in (['export', run, '--out', d/'x'], ['push', run, 'me/x', '--dry-run'],
-                 ['sample', '--lora', run, '--prompts', kit.folder/'prompts.txt', '--n', 1, '--S', 1, '--out', d/'s'],
+                 ['sample', '--lora', run, '--prompts', kit.folder/'prompts.txt', '--n', 1, '--S', 1,
+                  '--out', d/'s'],
                  kit.train(run, 2)):
         end = sharpen(*argv, wait=30)
         if why := trouble(end, 0, 1, 2): return f'{argv[0]}: {why}'
@@ -105,10 +107,14 @@ def otherwise(more, kit):
     end = sharpen('train', 'rlhf', '--resume', run, *more, at=kit.place())
     return trouble(end, 2) or ('' if inside(run) == before else 'something was changed')
 
-OTHERWISE = [['--reward', 'clip'], ['--prompts', 'shapes'], ['--model', 'shapes'], ['--preset', 'paper'], ['--heldout', 3],
-             ['--out', 'x'], ['--px', 64], ['--guidance', 2], ['--S-eval', 7], ['--set', 'lr=1e-3'], ['--set', 'n=3'],
-             ['--set', 'seed=1'], ['--set', 'rank=3'], ['--set', 'nonsense=1'], ['--steps', 1], ['--steps', -1],
-             ['--images', 'shapes'], ['--vae', 'x'], ['--variant', 'fp16'], ['--heldout-prompts', 'x'], ['--config', 'x']]
+OTHERWISE = [['--reward', 'clip'], ['--prompts', 'shapes'], ['--model', 'shapes'], ['--preset', 'paper'],
+             ['--heldout', 3],
+             ['--out', 'x'], ['--px', 64], ['--guidance', 2], ['--S-eval', 7], ['--set', 'lr=1e-3'],
+             ['--set', 'n=3'],
+             ['--set', 'seed=1'], ['--set', 'rank=3'], ['--set', 'nonsense=1'], ['--steps', 1],
+             ['--steps', -1],
+             ['--images', 'shapes'], ['--vae', 'x'], ['--variant', 'fp16'], ['--heldout-prompts', 'x'],
+             ['--config', 'x']]
 
 @group()
 def options_beside_resume():
@@ -141,7 +147,8 @@ def both(kit):
 @group(slow=True)
 def damaged_checkpoints():
     rng = random.Random(0)
-    for file in ('weights.safetensors', 'optimizer.safetensors', 'random.safetensors', 'record.json', 'manifest.json'):
+    for file in ('weights.safetensors', 'optimizer.safetensors', 'random.safetensors', 'record.json',
+                 'manifest.json'):
         for _ in range(4): yield f'{file}: bit at {(s := rng.random()):.3f}', partial(bits, s, file)
     yield 'swapped weights', swapped
     yield 'both damaged', both
@@ -162,14 +169,16 @@ def full(limit, argv, kit):
 COMMANDS = dict(
     train=lambda kit, run: kit.train('o', 2, heldout=2),
     resume=lambda kit, run: ['train', 'rlhf', '--resume', run, '--steps', 3],
-    sample=lambda kit, run: ['sample', '--lora', run, '--prompts', kit.folder/'prompts.txt', '--n', 2, '--S', 1, '--out', 's'],
+    sample=lambda kit, run: ['sample', '--lora', run, '--prompts', kit.folder/'prompts.txt', '--n', 2,
+                             '--S', 1, '--out', 's'],
     score=lambda kit, run: kit.score(kit.reward, 'sc'), export=lambda kit, run: ['export', run],
     push=lambda kit, run: ['push', run, 'me/x', '--dry-run'])
 
 @group(slow=True)
 def full_disks():
     for name, argv in COMMANDS.items():
-        for limit in (0, 100, 1000, 10_000, 50_000, 200_000): yield f'{name}, {limit} bytes', partial(full, limit, argv)
+        for limit in (0, 100, 1000, 10_000, 50_000,
+                      200_000): yield f'{name}, {limit} bytes', partial(full, limit, argv)
 
 def resumed_after(limit, kit):
     "A training that a full disk ended goes on, once there is room, to the bits of one that was left alone"
@@ -199,7 +208,8 @@ def signalled(sig, call, kit):
     if not hasattr(kit, 'held'):
         sharpen(*kit.train(kit.folder/'held', 3, heldout=2))
         kit.held = weights(kit.folder/'held')
-    again = (['train', 'rlhf', '--resume', d/'r', '--reward', kit.reward] if (d/'r/run.json').exists() else argv)
+    again = (['train', 'rlhf', '--resume', d/'r', '--reward',
+              kit.reward] if (d/'r/run.json').exists() else argv)
     return trouble(sharpen(*again), 0) or ('' if weights(d/'r') == kit.held else 'other bits')
 
 PHASES = dict(check=1, before=2, collect=4, after=6)
@@ -227,7 +237,8 @@ def saving(sig, kit):
 
 def sampled(sig, kit):
     "A signal while pictures are made"
-    end_of = Child('sample', '--model', kit.folder/'xl', '--prompts', kit.folder/'prompts.txt', '--n', 6, '--S', 400,
+    end_of = Child('sample', '--model', kit.folder/'xl', '--prompts', kit.folder/'prompts.txt', '--n', 6,
+                   '--S', 400,
                    '--out', kit.place()/'s')
     time.sleep(2.5)
     os.kill(end_of.pid, sig)
@@ -264,8 +275,10 @@ def beside(argv, kit):
 @group(slow=True)
 def several_at_once():
     for i in range(3): yield f'two trainings, {i}', partial(at_once, i)
-    for argv in (['train', 'rlhf', '--resume', '{run}'], ['export', '{run}'], ['push', '{run}', 'me/x', '--dry-run'],
-                 ['sample', '--lora', '{run}', '--n', 1, '--S', 1]): yield f'{argv[0]} beside', partial(beside, argv)
+    for argv in (['train', 'rlhf', '--resume', '{run}'], ['export', '{run}'],
+                 ['push', '{run}', 'me/x', '--dry-run'],
+                 ['sample', '--lora', '{run}', '--n', 1, '--S',
+                  1]): yield f'{argv[0]} beside', partial(beside, argv)
 
 
 # Surroundings
@@ -278,12 +291,17 @@ def gone():
     os.mkdir(d); os.chdir(d); os.rmdir(d)
 
 AROUND = dict(
-    rank=dict(RANK='1'), ranks=dict(RANK='1', WORLD_SIZE='2'), world=dict(WORLD_SIZE='2'), rank_word=dict(RANK='x'),
-    world_word=dict(WORLD_SIZE='x'), local=dict(LOCAL_RANK='7'), accumulation=dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS='4'),
+    rank=dict(RANK='1'), ranks=dict(RANK='1', WORLD_SIZE='2'), world=dict(WORLD_SIZE='2'),
+              rank_word=dict(RANK='x'),
+    world_word=dict(WORLD_SIZE='x'), local=dict(LOCAL_RANK='7'),
+              accumulation=dict(ACCELERATE_GRADIENT_ACCUMULATION_STEPS='4'),
     mixed=dict(ACCELERATE_MIXED_PRECISION='fp16'), fsdp=dict(ACCELERATE_USE_FSDP='true'),
-    deepspeed=dict(ACCELERATE_USE_DEEPSPEED='true'), tmp=dict(TMPDIR='/nonsense'), home=dict(HOME='/nonsense'),
-    hub=dict(HF_HOME='/dev/null'), columns=dict(COLUMNS='0'), column_word=dict(COLUMNS='x'), backend=dict(MPLBACKEND='nonsense'),
-    config=dict(MPLCONFIGDIR='/dev/null'), warnings=dict(PYTHONWARNINGS='error'), gpu=dict(CUDA_VISIBLE_DEVICES='x'),
+    deepspeed=dict(ACCELERATE_USE_DEEPSPEED='true'), tmp=dict(TMPDIR='/nonsense'),
+              home=dict(HOME='/nonsense'),
+    hub=dict(HF_HOME='/dev/null'), columns=dict(COLUMNS='0'), column_word=dict(COLUMNS='x'),
+              backend=dict(MPLBACKEND='nonsense'),
+    config=dict(MPLCONFIGDIR='/dev/null'), warnings=dict(PYTHONWARNINGS='error'),
+              gpu=dict(CUDA_VISIBLE_DEVICES='x'),
     key=dict(SHARPEN_REWARD_KEY='\udcff\n'))
 
 def around(env, before, kit):
@@ -315,7 +333,8 @@ def unread(argv, kit):
 
 @group(slow=True)
 def closed_pipes():
-    more = dict(COMMANDS, methods=lambda *_: ['methods'], plan=lambda kit, _: ['plan', '--model', kit.folder/'xl', '--json'],
+    more = dict(COMMANDS, methods=lambda *_: ['methods'], plan=lambda kit,
+                _: ['plan', '--model', kit.folder/'xl', '--json'],
                 rewards=lambda *_: ['rewards'], help=lambda *_: ['train', '--help'])
     for name, argv in more.items():
         yield f'{name}: reader gone', partial(unread, argv)
@@ -327,7 +346,8 @@ def spoken(argv, kit):
     (d/'préambule.txt').write_text('ein grüner Stern\n日本の車\na 🐈\nan oak\n', encoding='utf-8')
     env = dict(os.environ, LC_ALL='C', LANG='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
     argv = [str(a).format(xl=kit.folder/'xl', r=kit.reward) for a in argv]
-    res = subprocess.run([sys.executable, '-m', 'diffusion_sharpening', *argv], cwd=d, env=env, capture_output=True,
+    res = subprocess.run([sys.executable, '-m', 'diffusion_sharpening', *argv], cwd=d, env=env,
+                         capture_output=True,
                          timeout=120)
     err = res.stderr.decode(errors='replace')
     return '' if res.returncode == 0 and 'Traceback' not in err else f'{res.returncode}: {err[-200:]}'
@@ -336,6 +356,8 @@ def spoken(argv, kit):
 def ascii_terminals():
     p = ['--prompts', 'préambule.txt']
     yield 'sample', partial(spoken, ['sample', '--model', '{xl}', *p, '--out', 'é', '--n', 3, '--S', 1])
-    yield 'evaluate', partial(spoken, ['evaluate', '--model', '{xl}', *p, '--reward', '{r}', '--n', 3, '--S', 1])
-    yield 'train', partial(spoken, ['train', 'rlhf', '--model', '{xl}', *p, '--reward', '{r}', '--heldout', 2, '--S-eval', 1,
+    yield 'evaluate', partial(spoken, ['evaluate', '--model', '{xl}', *p, '--reward', '{r}', '--n', 3,
+                                       '--S', 1])
+    yield 'train', partial(spoken, ['train', 'rlhf', '--model', '{xl}', *p, '--reward', '{r}', '--heldout',
+                                    2, '--S-eval', 1,
                                     '--steps', 1, '--out', 'ü', '--set', *SMALL])

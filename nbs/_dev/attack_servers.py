@@ -58,30 +58,49 @@ def raw(text): return says(b'{"scores": ' + text + b'}')
 def sometimes(good, bad): return lambda s, k: (good if k % 2 else bad)(s, k)
 
 REPLIES = {
-    'nothing': says(), 'no length': says(b'{"scores": [1, 2]', length=-1), 'too short': says(b'{"scores"', length=99),
+    'nothing': says(), 'no length': says(b'{"scores": [1, 2]', length=-1),
+           'too short': says(b'{"scores"', length=99),
     'web page': says(b'<html>Hello</html>'), 'deep': says(b'['*10**6), 'deep scores': raw(b'['*10**6),
-    'deep objects': says(b'{"a":'*10**5), '400 digits': raw(b'[' + b'9'*400 + b', 1]'), '5000 digits': raw(b'[' + b'9'*5000 + b', 1]'),
-    '400 digits after a point': raw(b'[0.' + b'9'*400 + b', null]x'), '1e400': raw(b'[1e400, 1]'), 'NaN': raw(b'[NaN, 1]'),
-    'Infinity': raw(b'[Infinity, 1]'), 'texts': raw(b'["1", "2"]'), 'truth': raw(b'[true, false]'), 'lists': raw(b'[[1], [2]]'),
-    'objects': raw(b'[{"score": 1}, 2]'), 'a number': raw(b'3'), 'a dict': raw(b'{"0": 1, "1": 2}'), 'one too few': scores(1),
-    'one too many': scores(1, 2, 3), 'a million': raw(b'[' + b'1,'*10**6 + b'1]'), 'none at all': scores(), 'list on top': says(b'[1, 2]'),
-    'null on top': says(b'null'), 'twice': says(b'{"scores": [1], "scores": [1, 1, 1]}'), 'latin': says(b'{"scores": [1, 2], "a": "\xe9"}', length=9),
-    'utf-16': says('{"scores": [1]}'.encode('utf-16')), 'zero bytes': says(b'\0'*1000), '600 MB announced': says(b'[', length=6*10**8),
-    'flood': floods, 'flood of headers': head_floods, 'compressed bomb': zipped, 'drips': drips(b'HTTP/1.1 200 OK\r\n\r\n', b' ', .02),
-    'drips of headers': drips(b'', b'H', .02), 'drips of a header': drips(b'HTTP/1.1 200 OK\r\nA: ', b'H', .02), 'reset': reset,
-    'silent': silent, 'not HTTP': lambda s, k: s.sendall(b'SSH-2.0-OpenSSH_9\r\n'), 'HTTP 0.9': lambda s, k: s.sendall(b'{}'),
-    'bad status': says(status=b'9999999999 x'), 'word for status': says(status=b'abc OK'), 'continue for ever': lambda s, k: [
-        s.sendall(b'HTTP/1.1 100 Continue\r\n\r\n') for _ in range(10**5)], 'switching': says(status=b'101 Switching Protocols'),
-    'no content': says(status=b'204 No Content'), 'redirect': says(status=b'302 Found', head=b'Location: http://169.254.169.254/\r\n'),
-    'redirect to a file': says(status=b'307 x', head=b'Location: file:///etc/passwd\r\n'), 'redirect to itself': says(
-        status=b'301 x', head=b'Location: /\r\n'), 'wants a key': says(b'{"error": "key"}', b'401 x', b'WWW-Authenticate: Basic\r\n'),
+    'deep objects': says(b'{"a":'*10**5), '400 digits': raw(b'[' + b'9'*400 + b', 1]'),
+           '5000 digits': raw(b'[' + b'9'*5000 + b', 1]'),
+    '400 digits after a point': raw(b'[0.' + b'9'*400 + b', null]x'), '1e400': raw(b'[1e400, 1]'),
+           'NaN': raw(b'[NaN, 1]'),
+    'Infinity': raw(b'[Infinity, 1]'), 'texts': raw(b'["1", "2"]'), 'truth': raw(b'[true, false]'),
+           'lists': raw(b'[[1], [2]]'),
+    'objects': raw(b'[{"score": 1}, 2]'), 'a number': raw(b'3'), 'a dict': raw(b'{"0": 1, "1": 2}'),
+           'one too few': scores(1),
+    'one too many': scores(1, 2, 3), 'a million': raw(b'[' + b'1,'*10**6 + b'1]'), 'none at all': scores(),
+           'list on top': says(b'[1, 2]'),
+    'null on top': says(b'null'), 'twice': says(b'{"scores": [1], "scores": [1, 1, 1]}'),
+           'latin': says(b'{"scores": [1, 2], "a": "\xe9"}', length=9),
+    'utf-16': says('{"scores": [1]}'.encode('utf-16')), 'zero bytes': says(b'\0'*1000),
+           '600 MB announced': says(b'[', length=6*10**8),
+    'flood': floods, 'flood of headers': head_floods, 'compressed bomb': zipped,
+           'drips': drips(b'HTTP/1.1 200 OK\r\n\r\n', b' ', .02),
+    'drips of headers': drips(b'', b'H', .02),
+           'drips of a header': drips(b'HTTP/1.1 200 OK\r\nA: ', b'H', .02), 'reset': reset,
+    'silent': silent, 'not HTTP': lambda s, k: s.sendall(b'SSH-2.0-OpenSSH_9\r\n'), 'HTTP 0.9': lambda s,
+           k: s.sendall(b'{}'),
+    'bad status': says(status=b'9999999999 x'), 'word for status': says(status=b'abc OK'),
+           'continue for ever': lambda s, k: [
+        s.sendall(b'HTTP/1.1 100 Continue\r\n\r\n') for _ in range(10**5)],
+           'switching': says(status=b'101 Switching Protocols'),
+    'no content': says(status=b'204 No Content'),
+           'redirect': says(status=b'302 Found', head=b'Location: http://169.254.169.254/\r\n'),
+    'redirect to a file': says(status=b'307 x', head=b'Location: file:///etc/passwd\r\n'),
+           'redirect to itself': says(
+        status=b'301 x', head=b'Location: /\r\n'),
+           'wants a key': says(b'{"error": "key"}', b'401 x', b'WWW-Authenticate: Basic\r\n'),
     'busy, odd wait': says(b'{}', b'503 x', 'Retry-After: ²\r\n'.encode('latin1')), 'busy for ever': says(
         b'{}', b'429 x', b'Retry-After: ' + b'9'*400 + b'\r\n'), 'busy until a date': says(
         b'{}', b'503 x', b'Retry-After: Fri, 31 Dec 9999 23:59:59 GMT\r\n'), 'busy, less than none': says(
-        b'{}', b'503 x', b'Retry-After: -1\r\n'), 'deep error': says(b'['*10**6, b'500 x'), 'long error': says(
+        b'{}', b'503 x', b'Retry-After: -1\r\n'), 'deep error': says(b'['*10**6, b'500 x'),
+           'long error': says(
         json.dumps(dict(error='x'*10**6)).encode(), b'422 x'), 'error of lines': says(
-        json.dumps(dict(error='a\nsharpen: b\n\x1b[2J\x07c')).encode(), b'400 x'), 'error that is a list': says(b'{"error": [[[]]]}', b'400 x'),
-    'chunks without end': chunked(b'5\r\n'), 'chunk of minus one': chunked(b'-1\r\n'), 'chunk of 2**70': chunked(b'400000000000000000\r\nx'),
+        json.dumps(dict(error='a\nsharpen: b\n\x1b[2J\x07c')).encode(), b'400 x'),
+           'error that is a list': says(b'{"error": [[[]]]}', b'400 x'),
+    'chunks without end': chunked(b'5\r\n'), 'chunk of minus one': chunked(b'-1\r\n'),
+           'chunk of 2**70': chunked(b'400000000000000000\r\nx'),
     'chunk of words': chunked(b'zz\r\nxx\r\n'), 'all null, always': raw(b'[null, null]')}
 
 def asked(talk, spec, wait, kit):
@@ -89,7 +108,8 @@ def asked(talk, spec, wait, kit):
     with talking(talk) as host:
         end = sharpen(*kit.score(spec.format(host), kit.place()/'o'), wait=wait)
     why = trouble(end, 1, 2)
-    if not why and re.search('[\x00-\x08\x0b-\x1f\x7f]', end.last()): why = f'control characters in {end.last()!r:.150}'
+    if not why and re.search('[\x00-\x08\x0b-\x1f\x7f]',
+                             end.last()): why = f'control characters in {end.last()!r:.150}'
     return why or ('' if re.search('remote|mllm', end.last()) else f'no name in {end.last():.150}')
 
 def spoiled(fault, kit):
@@ -159,26 +179,39 @@ def bombs():
     post = lambda body, **head: lambda port: posted(port, body, **head)
     out = {f'PNG of {n} × {n}': post(request([png(n)]*k)) for n, k in ((13000, 3), (16000, 1), (4096, 9))}
     out |= {f'{k} of 60000 × 60000': post(request([d])) for k, d in dict(
-        GIF=b'GIF89a' + struct.pack('<HH', 60000, 60000) + b'\0\0\0,' + struct.pack('<HHHH', 0, 0, 60000, 60000) + b'\0\2\0;',
-        BMP=b'BM' + struct.pack('<IHHIIiiHHIIiiII', 99, 0, 0, 54, 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0)).items()}
-    out |= {'PNG, side 2**31': post(request([png(2**31-1, b'')])), 'PNG without pixels': post(request([png(0, b'')])),
-            'PNG, no data': post(request([png(64, b'')])), 'PNG, a bomb of text': post(request([text_bomb()])),
+        GIF=b'GIF89a' + struct.pack('<HH', 60000,
+                                    60000) + b'\0\0\0,' + struct.pack('<HHHH', 0, 0, 60000, 60000) + b'\0\2\0;',
+        BMP=b'BM' + struct.pack('<IHHIIiiHHIIiiII', 99, 0, 0, 54, 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0,
+                                0)).items()}
+    out |= {'PNG, side 2**31': post(request([png(2**31-1, b'')])),
+            'PNG without pixels': post(request([png(0, b'')])),
+            'PNG, no data': post(request([png(64, b'')])),
+            'PNG, a bomb of text': post(request([text_bomb()])),
             'PNG cut': post(request([picture()[:90]])), '16 bit': post(request([picture(mode='I;16')])),
-            'SVG': post(request([b'<svg onload="x"/>'])), 'EPS': post(request([b'%!PS-Adobe-3.0 EPSF-3.0\n(x) run'])),
-            'PDF': post(request([b'%PDF-1.4'])), 'moving': post(request([picture('GIF', save_all=True, append_images=[
+            'SVG': post(request([b'<svg onload="x"/>'])),
+            'EPS': post(request([b'%!PS-Adobe-3.0 EPSF-3.0\n(x) run'])),
+            'PDF': post(request([b'%PDF-1.4'])),
+            'moving': post(request([picture('GIF', save_all=True, append_images=[
                 Image.new('L', (64, 64), i) for i in range(50)])])), 'no pictures': post(request([])),
-            'empty pictures': post(request([b''])), '10 000 pictures': post(request([picture(size=(1, 1))]*10_000)),
-            'a prompt of 10 MB': post(request([picture()], ['x'*10**7])), 'half characters': post(request([picture()], ['\ud800'])),
-            'deep': post(b'['*10**6), 'digits': post(b'{"prompts": ' + b'9'*10**6 + b'}'), 'not JSON': post(b'\xff'),
-            'empty': post(b''), 'null': post(b'null'), 'no base64': post(json.dumps(dict(prompts=['a'], images=['é'])).encode()),
+            'empty pictures': post(request([b''])),
+            '10 000 pictures': post(request([picture(size=(1, 1))]*10_000)),
+            'a prompt of 10 MB': post(request([picture()], ['x'*10**7])),
+            'half characters': post(request([picture()], ['\ud800'])),
+            'deep': post(b'['*10**6), 'digits': post(b'{"prompts": ' + b'9'*10**6 + b'}'),
+            'not JSON': post(b'\xff'),
+            'empty': post(b''), 'null': post(b'null'),
+            'no base64': post(json.dumps(dict(prompts=['a'], images=['é'])).encode()),
             'a path for a picture': post(json.dumps(dict(prompts=['a'], images=['/etc/passwd'])).encode()),
             'a million keys': post(json.dumps({str(i): i for i in range(10**6)}).encode()),
-            'length of 10**12': post(b'{}', **{'Content-Length': str(10**12)}), 'length of words': post(b'{}', **{'Content-Length': 'x'}),
+            'length of 10**12': post(b'{}', **{'Content-Length': str(10**12)}),
+            'length of words': post(b'{}', **{'Content-Length': 'x'}),
             'length of minus one': post(b'{}', **{'Content-Length': '-1'}), 'PUT': post(b'{}', method='PUT'),
             'DELETE': post(b'{}', method='DELETE'), 'a strange method': post(b'{}', method='X'*1000),
             'wrong key': post(request([picture()]), Authorization='Bearer x')}
-    raw = {'half a request': b'POST /score HTTP/1.1\r\nContent-Length: 99\r\n\r\n{', 'no HTTP': b'\x16\x03\x01\x02', 'nothing': b'',
-           'long path': b'GET /' + b'x'*10**6, 'headers without end': b'GET / HTTP/1.1\r\n' + b'A: b\r\n'*10**5,
+    raw = {'half a request': b'POST /score HTTP/1.1\r\nContent-Length: 99\r\n\r\n{',
+           'no HTTP': b'\x16\x03\x01\x02', 'nothing': b'',
+           'long path': b'GET /' + b'x'*10**6,
+           'headers without end': b'GET / HTTP/1.1\r\n' + b'A: b\r\n'*10**5,
            'long header': b'GET / HTTP/1.1\r\nA: ' + b'b'*10**7, 'zero bytes': b'\0'*10**5,
            'two lengths': b'POST / HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 9999\r\n\r\n{}',
            'chunks': b'POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n',
@@ -188,7 +221,8 @@ def bombs():
 
 def many(data):
     def send(port):
-        held = [socket.create_connection(('127.0.0.1', port), timeout=9) for _ in range(200 if not data else 100)]
+        held = [socket.create_connection(('127.0.0.1', port),
+                                         timeout=9) for _ in range(200 if not data else 100)]
         for s in held: s.sendall(data)
         good(port)
         for s in held: s.close()
@@ -247,7 +281,8 @@ def places_to_serve():
             return trouble(sharpen('serve-reward', '--reward', kit.reward, *more, wait=20), 2)
     for name, more in PLACES.items(): yield name, partial(place, more)
 
-BREAKS = {k: REPLIES[k] for k in ('nothing', 'reset', 'deep', 'one too few', 'NaN', 'all null, always', '400 digits', 'drips')}
+BREAKS = {k: REPLIES[k] for k in ('nothing', 'reset', 'deep', 'one too few', 'NaN', 'all null, always',
+                                  '400 digits', 'drips')}
 
 @group(slow=True)
 def servers_that_go_bad_in_a_training():

@@ -54,17 +54,21 @@ class Child:
         code = 70
         try:
             for fd, (r, w) in pipes.items(): os.dup2(w, fd); os.close(r); os.close(w)
-            sys.stdout, sys.stderr = (open(fd, 'w', errors='backslashreplace', closefd=False)
-                                      for fd in (1, 2))
+            sys.stdout, sys.stderr = streams = [open(fd, 'w', errors='backslashreplace', closefd=False)
+                                                for fd in (1, 2)]
+            signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell may have it ignored
             os.chdir(at); os.environ.update(env)
             if before: before()
-            cli.main(argv)
-        except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
+            code = self._code(argv)
+            for f in streams: f.flush()
+        except (OSError, ValueError): pass                                 # nobody reads
+        finally: os._exit(code)                                            # never on in the parent's code
+
+    def _code(self, argv):
+        try: cli.main(argv)
+        except SystemExit as e: return e.code if isinstance(e.code, int) else int(e.code is not None)
         except BaseException: traceback.print_exc()
-        for f in (sys.stdout, sys.stderr):
-            try: f.flush()
-            except (OSError, ValueError): pass
-        os._exit(code)
+        return 70
 
     def _read(self, fd, r):
         with open(r, 'rb', buffering=0) as f:

@@ -41,7 +41,8 @@ class Process:
     def end(self, wait=600.):
         code = self.p.wait(wait)
         for t in self.readers: t.join(5)
-        return End(code, *(self.said[k].decode(errors='replace') for k in (1, 2)), time.monotonic() - self.began)
+        return End(code, *(self.said[k].decode(errors='replace') for k in (1, 2)),
+                   time.monotonic() - self.began)
 
 
 def make(d):
@@ -76,10 +77,12 @@ def end_to_end(d, start=Process):
         check(not why, f"sharpen {argv[0]}: {why or f'{end.seconds:.1f} s'}")
         return end.out
     def train(out, reward=own, **how):
-        return ['train', 'rlhf', '--model', 'xl', '--reward', reward, '--prompts', prompts, '--heldout', 3, '--S-eval', 3,
+        return ['train', 'rlhf', '--model', 'xl', '--reward', reward, '--prompts', prompts, '--heldout', 3,
+                '--S-eval', 3,
                 '--steps', 2, '--out', out, '--set', *SMALL, 'lr=.05', 'ema=0']
 
-    planned = json.loads(sharpen('plan', '--model', 'xl', '--method', 'rlhf', '--heldout', 3, '--n', 2, '--json'))
+    planned = json.loads(sharpen('plan', '--model', 'xl', '--method', 'rlhf', '--heldout', 3, '--n', 2,
+                                 '--json'))
     check(next(r['value'] for r in planned if r['name'] == 'fits'), 'the plan fits this machine')
     sharpen(*train('whole'))
     killed = start(*train('killed'), at=d, env=dict(KILL='4')).end(600)
@@ -88,16 +91,19 @@ def end_to_end(d, start=Process):
     whole, again = (json.loads((d/k/'report.json').read_text()) for k in ('whole', 'killed'))
     check(weights(d/'whole') == weights(d/'killed') and whole['after'] == again['after'],
           'going on ends in the bits, and the report, of the run that was left alone')
-    check(whole['heldout_prompts'] == 3 and '3 held out, 3 to train on' in whole['heldout_from'], 'prompts were split')
+    check(whole['heldout_prompts'] == 3 and '3 held out, 3 to train on' in whole['heldout_from'],
+          'prompts were split')
 
     ask = ['--lora', 'whole', '--prompts', prompts, '--n', 4, '--S', 3]
     sharpen('sample', *ask, '--out', 'pictures')
-    asked = json.loads(sharpen('evaluate', *ask, '--reward', own, '--json'))['judges']['mine:red']['overall']['mean']
+    asked = json.loads(sharpen('evaluate', *ask, '--reward', own,
+                               '--json'))['judges']['mine:red']['overall']['mean']
     scored = ['score', '--images', 'pictures', '--prompts', 'pictures/prompts.jsonl']
     found = json.loads(sharpen(*scored, '--reward', own, '--out', 'scores', '--json'))
     check(abs(found['mean'] - asked) < 1e-6 and found['pictures'] == 4, 'a folder scores what evaluate says')
 
-    for layout in ('diffusers', 'kohya'): sharpen('export', 'whole', '--layout', layout, '--out', f'{layout}.safetensors')
+    for layout in ('diffusers', 'kohya'): sharpen('export', 'whole', '--layout', layout, '--out',
+                                                  f'{layout}.safetensors')
     drawn = torch.stack([read_picture(d/f'pictures/000{i}.png') for i in range(4)])
     check((plain(d, None, TEXTS[:4]) - drawn).abs().max() > .02, 'the LoRA changes the pictures')
     for layout in ('diffusers', 'kohya'):
@@ -109,7 +115,8 @@ def end_to_end(d, start=Process):
 
     server = start('serve-reward', '--reward', own, '--port', 0, at=d, env=())
     until = time.monotonic() + 120
-    while not (url := re.search(rb'http://\S+/score', server.said[1])) and time.monotonic() < until: time.sleep(.05)
+    while not (url := re.search(rb'http://\S+/score',
+                                server.said[1])) and time.monotonic() < until: time.sleep(.05)
     far = f'remote@{url[0].decode()}'
     there = json.loads(sharpen(*scored, '--reward', far, '--out', 'far', '--json'))
     check(there['mean'] == found['mean'], 'a served reward scores the same')
