@@ -1,4 +1,4 @@
-"Attacks by careless and hostile users: the fast ones, and some of each slow group; nbs/_dev/attack.py tries all"
+"Attacks by careless and hostile users: the fast ones, and some slow ones; nbs/_dev/attack.py tries all"
 import sys
 from pathlib import Path
 

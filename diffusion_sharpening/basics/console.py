@@ -6,7 +6,7 @@
 __all__ = ['columns', 'number', 'complaint', 'stop_code']
 
 # %% ../../nbs/01_basics/09_console.ipynb #299f5405
-import signal
+import os, re, signal
 
 # %% ../../nbs/01_basics/09_console.ipynb #b406cf36
 def columns(rows:list # Lists of texts, all of one length
@@ -34,6 +34,7 @@ def _machine(e): # One line on what the machine refused, or None
     if isinstance(e, MemoryError) or 'out of memory' in text.lower():
         return f'out of memory; fewer prompts or candidates need less ({text[:120] or type(e).__name__})'
     if 'No space left' in text or 'os error 28' in text: return f'the disk is full ({text[:160]})'
+    if found := re.search(r'os error (\d+)', text): e = OSError(int(found[1]), os.strerror(int(found[1])))
     if isinstance(e, OSError):
         return _line(': '.join(str(t) for t in (e.strerror or type(e).__name__, e.filename) if t))
 

@@ -185,6 +185,10 @@ class Settings(ranges.Settings):
     price_out: float = ranges.within(0., 0)    # Of a million tokens received
     cache: str = ''                              # SQLite file that keeps grades; empty: none
 
+    def __post_init__(self):
+        if isinstance(self.cache, Path): self.cache = str(self.cache)
+        super().__post_init__()
+
 # %% ../../nbs/04_rewards/11_mllm.ipynb #d542c4b6
 def place(which:str # `http://host:port/v1#model`, with settings after a `?`
          )->tuple: # Base URL, model, settings as a dict; ValueError says what was expected

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Attack the library as a careless or hostile user would: `python nbs/_dev/attack.py [GROUP …]`
 
-Every attack is a command line, or a setting, with what it must end in: the work done right, or one line, an exit
-code that is not 0, and nothing lost. The summary goes to data/results/attack.json (not with --dry)."""
+Every attack is a command line, or a setting, with what it must end in: the work done right, or one line, an
+exit code that is not 0, and nothing lost. The summary goes to data/results/attack.json (not with --dry)."""
 import argparse, sys, tempfile, time
 import attack_inputs, attack_runs, attack_servers
 from attacking import GROUPS, Kit, attempt

@@ -1,7 +1,7 @@
 "Attacks by what a user types or brings: settings, options, names, tables, pictures, weights, reward code"
 import dataclasses, json, math, os, shutil, struct
 from functools import partial
-from attacking import TEXTS, group, inside, sharpen, trouble, weights
+from attacking import TEXTS, group, sharpen, trouble, weights
 from diffusion_sharpening.methods.catalog import METHODS
 from diffusion_sharpening.rewards.mllm import Settings as Grading
 from diffusion_sharpening.rewards.remote import Asking
@@ -109,9 +109,10 @@ OPTIONS = {
                '--model --lora --prompts --out --n --S --seed --guidance --px --variant'),
     'evaluate': ('--model {xl} --prompts {p} --reward {r} --n 1 --S 1',
                  '--model --lora --reward --prompts --n --S --seed --guidance --px --variant'),
-    'train rlhf': ('--model {xl} --prompts {p} --reward {r} --out {o} --heldout 0 --steps 0 --set n=2 S=2 batch=2',
-                   '--model --reward --prompts --out --preset --heldout --heldout-prompts --S-eval --tracker --px '
-                   '--guidance --variant --vae --images --resume --steps --config'),
+    'train rlhf': ('--model {xl} --prompts {p} --reward {r} --out {o} --heldout 0 --steps 0 --set n=2 S=2 '
+                   'batch=2',
+                   '--model --reward --prompts --out --preset --heldout --heldout-prompts --S-eval --tracker '
+                   '--px --guidance --variant --vae --images --resume --steps --config'),
     'score': ('--images {pics} --prompts {pics}.jsonl --reward {r} --out {o}',
               '--images --prompts --reward --out --batch'),
     'serve-reward': ('--reward nothing', '--port --host --reward'),
@@ -122,7 +123,8 @@ TEXT = ['', '\0', 'x'*5000, '/dev/null', '/dev/full', '/', '.', '-', '~nobody/x'
         'a:b:c', '..', '{fifo}', '{file}', '{folder}', '\udcff', 'a\nb', '@', '!', ',', 'clip@', '(',
         'clip:nan',
         'remote@', 'mllm@', 'remote@http://[', 'own', 'http://', '*', '%s', '{{x}}', 'a/b', 'a/b/c', '--']
-COUNTS = '--n --m --px --world --seconds --share --heldout --S-eval --steps --S --seed --guidance --batch --port'.split()
+COUNTS = ('--n --m --px --world --seconds --share --heldout --S-eval --steps --S --seed --guidance --batch '
+          '--port').split()
 
 def optional(command, base, option, value, kit):
     "Refused in one line, or done"
@@ -196,7 +198,8 @@ def prompted(file, content, kit):
     argv = ['sample', '--model', kit.folder/'xl', '--out', 's', '--n', 1, '--S', 1, '--prompts', file]
     end = sharpen(*argv, at=d)
     if why := trouble(end, 0, 2): return why
-    if end.code: return '' if file in end.err and not (d/'s').exists() else f'line or leftovers: {end.last():.200}'
+    if end.code:
+        return '' if file in end.err and not (d/'s').exists() else f'line or leftovers: {end.last():.200}'
     back = sharpen('score', '--images', 's', '--prompts', 's/prompts.jsonl', '--reward', kit.reward, at=d)
     return trouble(back, 0)
 
@@ -208,7 +211,7 @@ def prompts():
 def drawn(prompt, kit):
     "A training with such prompts ends with a report, a card and pictures"
     d = kit.place()
-    with (d/'p.jsonl').open('w') as f: f.writelines(json.dumps(dict(prompt=p)) + '\n' for p in (prompt, *TEXTS))
+    (d/'p.jsonl').write_text(''.join(json.dumps(dict(prompt=p)) + '\n' for p in (prompt, *TEXTS)))
     argv = kit.train(d/'o', 1, prompts=d/'p.jsonl', heldout=3)
     if why := trouble(sharpen(*argv), 0): return why
     there = {p.name for p in (d/'o').iterdir()}
@@ -270,13 +273,13 @@ def model_with(file, change, kit):
     if end.code == 0:
         sharpen(*argv, '--model', kit.folder/'xl', '--out', d/'t')
         same = (d/'s/0000.png').read_bytes() == (d/'t/0000.png').read_bytes()
-        if not same: return 'another picture, without a word' if not end.err and 'unlike' not in end.out else ''
+        if not same and not end.err: return 'another picture, without a word'
     return trouble(end, 0, 1, 2)
 
 CONFIG_FILES = ['model_index.json', 'unet/config.json', 'vae/config.json', 'text_encoder/config.json',
                 'text_encoder_2/config.json', 'scheduler/scheduler_config.json',
                 'tokenizer/tokenizer_config.json',
-                'tokenizer/vocab.json', 'tokenizer_2/merges.txt', 'tokenizer/tokenizer.json']
+                'tokenizer/tokenizer.json']
 WEIGHT_FILES = ['unet/diffusion_pytorch_model.safetensors', 'vae/diffusion_pytorch_model.safetensors',
                 'text_encoder/model.safetensors', 'text_encoder_2/model.safetensors']
 
@@ -394,16 +397,18 @@ def huge(images, prompts): return light(images)*1e37
 def inference(images, prompts):
     with torch.inference_mode(): return light(images)
 '''
-REFUSED = ('exits exits_words raises deep asserts stops generator memory nan inf short long scalar words nothing '
-           'nested complex_ big wide one broken_type Fails value').split()
-HARMLESS = ('in_place grad_off grad_on seeds numpy_ double ints prints dtype cwd closes equal huge inference').split()
+REFUSED = ('exits exits_words raises deep asserts stops generator memory nan inf short long scalar words '
+           'nothing nested complex_ big wide one broken_type Fails value').split()
+HARMLESS = ('in_place grad_off grad_on seeds numpy_ double ints prints dtype cwd closes equal huge '
+            'inference').split()
 SAME = ('in_place grad_off grad_on seeds numpy_ double prints cwd closes inference').split()    # as `bright`
 
 def judged(name, kit):
     d = kit.place()
     (d/'odd.py').write_text(CODE)
     end = sharpen(*kit.train('o', 2, heldout=2, reward=f'{d}/odd.py:{name}'), at=d)
-    if name in REFUSED: return trouble(end, 1, 2) or ('' if name in end.last() else f'no name in: {end.last():.200}')
+    if name in REFUSED:
+        return trouble(end, 1, 2) or ('' if name in end.last() else f'no name in: {end.last():.200}')
     if why := trouble(end, 0): return why
     if name not in SAME: return ''
     sharpen(*kit.train('p', 2, heldout=2), at=d)
@@ -461,7 +466,8 @@ def pictured(data, codes, kit):
         if argv[0] == 'train': argv[1:2] = ['standard']; argv[-len('n=2 S=2'.split())-3:-3] = []
         end = sharpen(*argv, at=d)
         if why := trouble(end, *codes): return f'{argv[0]}: {why}'
-        if end.code and 'odd.png' not in end.last(): return f'{argv[0]}: the file is not named: {end.last():.200}'
+        if end.code and 'odd.png' not in end.last():
+            return f'{argv[0]}: the file is not named: {end.last():.200}'
 
 @group(slow=True)
 def pictures():

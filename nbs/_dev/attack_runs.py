@@ -1,7 +1,6 @@
-"Attacks on runs: records and checkpoints that are damaged or edited, signals, disks, several at once, surroundings"
+"Attacks on runs: damaged or edited records and checkpoints, signals, disks, several at once, surroundings"
 import json, os, random, resource, shutil, signal, subprocess, sys, time
 from functools import partial
-from pathlib import Path
 from attacking import SMALL, Child, disk, group, inside, sharpen, trouble, weights
 from attack_inputs import cut, flip, made, put, whole
 
@@ -33,7 +32,8 @@ def damaged(file, harm, argv, kit):
     lost = {k for k, v in before.items() if not (run/k).exists()} - {'report.json'}
     lost = {k for k in lost if not k.startswith('checkpoints/step-00000001')}       # pruned
     if end.code and lost: return f'refused, and {sorted(lost)[0]} is gone'
-    if end.code: return '' if weights(run) == weights(kit.folder/'run') or 'lora' in file else 'weights changed'
+    if end.code:
+        return '' if weights(run) == weights(kit.folder/'run') or 'lora' in file else 'weights changed'
     if argv[0] == 'train' and weights(run) != finished(run, kit): return 'other bits than without the damage'
 
 RESUME = ['train', 'rlhf', '--resume', '{run}', '--steps', '3']
@@ -85,11 +85,12 @@ def edited(change, kit):
     (run/'run.json').write_text(json.dumps(o))
     end = sharpen('train', 'rlhf', '--resume', run, '--steps', 3, at=kit.place())
     if why := trouble(end, 0, 1, 2): return why
-    if end.code: return '' if weights(run) == weights(kit.folder/'run') else 'refused, and the weights changed'
+    if end.code:
+        return '' if weights(run) == weights(kit.folder/'run') else 'refused, and the weights changed'
     return '' if weights(run) == finished(run, kit) else 'other bits, without a word'
 
-KEYS = ('method model reward prompts preset heldout heldout_prompts S_eval tracker px guidance variant vae images '
-        'changes run').split()
+KEYS = ('method model reward prompts preset heldout heldout_prompts S_eval tracker px guidance variant vae '
+        'images changes run').split()
 
 @group(slow=True)
 def edited_records():
@@ -243,7 +244,8 @@ def sampled(sig, kit):
     time.sleep(2.5)
     os.kill(end_of.pid, sig)
     end = end_of.end()
-    return '' if end.code == 128 + sig and 'Traceback' not in end.err else f'exit code {end.code}: {end.last():.150}'
+    well = end.code == 128 + sig and 'Traceback' not in end.err
+    return '' if well else f'exit code {end.code}: {end.last():.150}'
 
 @group(slow=True)
 def signals_to_sample():
@@ -257,7 +259,8 @@ def at_once(same, kit):
     d = kit.place()
     both = [Child(*(kit.train(d/'r', 2))) for _ in range(2)]
     ends = [c.end(90) for c in both]
-    if sorted(e.code for e in ends) != [0, 2]: return f'exit codes {[e.code for e in ends]}: {ends[1].last():.150}'
+    if sorted(e.code for e in ends) != [0, 2]:
+        return f'exit codes {[e.code for e in ends]}: {ends[1].last():.150}'
     lost = next(e for e in ends if e.code)
     return trouble(lost, 2) or ('' if str(d) in lost.last() else f'the line is {lost.last():.200}')
 
@@ -320,7 +323,8 @@ def closed(fd, argv, kit):
     def before(): os.close(fd)
     run = kit.run()
     end = sharpen(*[str(a).format(run=run) for a in argv(kit, run)], at=kit.place(), before=before)
-    return '' if end.code in (0, 1, 141) and 'Traceback' not in end.err + end.out else f'{end.code}: {end.last():.150}'
+    well = end.code in (0, 1, 141) and 'Traceback' not in end.err + end.out
+    return '' if well else f'{end.code}: {end.last():.150}'
 
 def unread(argv, kit):
     "A pipe whose reader is gone"

@@ -1,4 +1,4 @@
-"Attacks over HTTP: servers that are asked for scores and answer with harm, and clients that harm serve-reward"
+"Attacks over HTTP: servers that answer with harm, and clients that mean harm to serve-reward"
 import base64, io, json, os, re, signal, socket, struct, threading, time, zlib
 from contextlib import contextmanager
 from functools import partial
@@ -32,7 +32,8 @@ def talking(talk):
 
 def says(body=b'', status=b'200 OK', head=b'', length=None):
     n = len(body) if length is None else length
-    full = b'HTTP/1.1 ' + status + b'\r\n' + head + (b'' if n < 0 else b'Content-Length: %d\r\n' % n) + b'\r\n' + body
+    told = b'' if n < 0 else b'Content-Length: %d\r\n' % n
+    full = b'HTTP/1.1 ' + status + b'\r\n' + head + told + b'\r\n' + body
     return lambda s, k: s.sendall(full)
 
 def drips(first, byte, pause):
@@ -51,7 +52,8 @@ def head_floods(s, k):
     while True: s.sendall(b'X: ' + b'y'*60_000 + b'\r\n')
 def zipped(s, k):
     body = zlib.compress(b'[' * 10**8)
-    s.sendall(b'HTTP/1.1 200 OK\r\nContent-Encoding: deflate\r\nContent-Length: %d\r\n\r\n' % len(body) + body)
+    s.sendall(b'HTTP/1.1 200 OK\r\nContent-Encoding: deflate\r\n'
+              b'Content-Length: %d\r\n\r\n' % len(body) + body)
 def chunked(text): return says(text, head=b'Transfer-Encoding: chunked\r\n', length=-1)
 def scores(*v): return says(json.dumps(dict(scores=v)).encode())
 def raw(text): return says(b'{"scores": ' + text + b'}')
@@ -141,15 +143,17 @@ def trained(talk, kit):
 
 def png(side, idat=None, depth=1, more=b''):
     "A black PNG that says it has `side` × `side` pixels"
-    def chunk(kind, data): return len(data).to_bytes(4, 'big') + kind + data + zlib.crc32(kind + data).to_bytes(4, 'big')
+    def chunk(kind, data):
+        return len(data).to_bytes(4, 'big') + kind + data + zlib.crc32(kind + data).to_bytes(4, 'big')
     z = zlib.compressobj(9)
     if idat is None: idat = b''.join(z.compress(bytes(1 + side//8 + 1)) for _ in range(side)) + z.flush()
-    return (b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', side.to_bytes(4, 'big')*2 + bytes([depth, 0, 0, 0, 0])) + more
-            + chunk(b'IDAT', idat) + chunk(b'IEND', b''))
+    head = chunk(b'IHDR', side.to_bytes(4, 'big')*2 + bytes([depth, 0, 0, 0, 0]))
+    return (b'\x89PNG\r\n\x1a\n' + head + more + chunk(b'IDAT', idat) + chunk(b'IEND', b''))
 
 def text_bomb():
     data = b'Comment\0\0' + zlib.compress(bytes(3*10**8), 9)
-    return png(8, more=len(data).to_bytes(4, 'big') + b'zTXt' + data + zlib.crc32(b'zTXt' + data).to_bytes(4, 'big'))
+    sum = zlib.crc32(b'zTXt' + data).to_bytes(4, 'big')
+    return png(8, more=len(data).to_bytes(4, 'big') + b'zTXt' + data + sum)
 
 def picture(kind='PNG', size=(64, 64), mode='RGB', **how):
     Image.new(mode, size, 99).save(buf := io.BytesIO(), kind, **how)
@@ -180,7 +184,8 @@ def bombs():
     out = {f'PNG of {n} × {n}': post(request([png(n)]*k)) for n, k in ((13000, 3), (16000, 1), (4096, 9))}
     out |= {f'{k} of 60000 × 60000': post(request([d])) for k, d in dict(
         GIF=b'GIF89a' + struct.pack('<HH', 60000,
-                                    60000) + b'\0\0\0,' + struct.pack('<HHHH', 0, 0, 60000, 60000) + b'\0\2\0;',
+                                    60000) + b'\0\0\0,' + struct.pack('<HHHH', 0, 0, 60000,
+                                                60000) + b'\0\2\0;',
         BMP=b'BM' + struct.pack('<IHHIIiiHHIIiiII', 99, 0, 0, 54, 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0,
                                 0)).items()}
     out |= {'PNG, side 2**31': post(request([png(2**31-1, b'')])),
@@ -217,7 +222,8 @@ def bombs():
            'chunks': b'POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n',
            'version 9': b'GET / HTTP/9.9\r\n\r\n', 'pipelined': b'GET / HTTP/1.1\r\n\r\n'*1000}
     return out | {f'raw: {k}': partial(sent, data=v) for k, v in raw.items()} | {
-        '200 connections that say nothing': many(b''), '100 slow requests': many(b'POST /score HTTP/1.1\r\nContent-Le')}
+        '200 connections that say nothing': many(b''),
+        '100 slow requests': many(b'POST /score HTTP/1.1\r\nContent-Le')}
 
 def many(data):
     def send(port):
@@ -238,7 +244,7 @@ def high_water(pid):
     return int(re.search(r'VmHWM:\s+(\d+)', open(f'/proc/{pid}/status').read())[1])
 
 def bombed(kit):
-    "One server for all of them: after each it answers a good request, and its memory stays; gives what did not hold"
+    "One server for all: after each it answers a good request, and its memory stays; gives what did not hold"
     child = Child('serve-reward', '--reward', kit.reward, '--port', 0)
     until = time.monotonic() + 60
     while not (at := re.search(rb':(\d+)/score', child.said[1])) and time.monotonic() < until: time.sleep(.05)

@@ -1,12 +1,11 @@
 "What attacks are made of: command lines run in children of this process, how they must end, and material"
-import hashlib, os, re, resource, shutil, signal, sys, tempfile, threading, time, traceback
+import hashlib, os, re, resource, shutil, signal, sys, threading, time, traceback
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 
 torch.set_num_threads(1)
 import accelerate, diffusers, matplotlib.pyplot, peft, transformers        # once, and not in every child
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from diffusion_sharpening.commands import cli, evaluate, interchange, sample, score, serve_reward, train
 from diffusion_sharpening.models.lora import lora_file
@@ -172,7 +171,7 @@ def disk(limit):
     return full
 
 
-GROUPS = {}     # Name → (attacks, slow?): each attack is (name, function of a `Kit` → what did not hold, or '')
+GROUPS = {}     # Name → (attacks, slow?); an attack is (name, function of a `Kit` → what did not hold, or '')
 
 def group(slow=False):
     "Name a generator of attacks"

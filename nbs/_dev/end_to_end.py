@@ -1,14 +1,13 @@
 #!/usr/bin/env python
-"""From a folder with a model to a LoRA that other tools load, by command lines only: `python nbs/_dev/end_to_end.py`
+"""From a folder with a model to a LoRA that other tools load: `python nbs/_dev/end_to_end.py`
 
-A random pipeline in the layout of SDXL, 128 px, with prompts and a reward of one's own: plan, train, kill, resume,
-sample, evaluate, score, export, push (dry run), and the reward served to score and to train again. Each command is
-a process of its own; what two of them say of the same thing must be the same."""
+A random pipeline in the layout of SDXL, 128 px, with prompts and a reward of one's own: plan, train, kill,
+resume, sample, evaluate, score, export, push (dry run), and the reward served to score and to train again.
+Each command is a process of its own; what two of them say of the same thing must be the same."""
 import json, os, re, signal, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 import torch
-from PIL import Image
-from attacking import SMALL, TEXTS, End, inside, trouble, weights
+from attacking import SMALL, TEXTS, End, trouble, weights
 from diffusion_sharpening.basics.pictures import read_picture
 from diffusion_sharpening.basics.seeds import START, noise
 from diffusion_sharpening.evaluation.measure import start_seeds
