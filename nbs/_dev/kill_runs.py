@@ -15,8 +15,9 @@ torch.set_num_threads(1)
 from diffusion_sharpening.basics.words import one_of
 from diffusion_sharpening.commands.load import quiet
 from results import write
-from diffusion_sharpening.data.sources import Pictures, Prompts
+from diffusion_sharpening.data.sources import Columns, Pictures
 from diffusion_sharpening.methods.catalog import METHODS, find, presets
+from diffusion_sharpening.methods.protocol import noise_columns
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.rewards.protocol import Reward
@@ -31,7 +32,7 @@ TEXTS = ['a cat', 'a dog', 'a tree', 'a house']
 SMALL = dict(n=2, m=2, S=3)          # of a method, where it has such a setting
 
 class Bright(Reward):
-    name = 'bright'
+    name, differentiable = 'bright', True
     def score(self, images, prompts): return images.mean((1, 2, 3))
 
 def arms(names):
@@ -48,17 +49,18 @@ def arms(names):
 
 def source(net, method, run):
     "Prompts, with pictures where the method learns from them"
-    if not method.needs_images: return Prompts(net, TEXTS, run.batch, run.seed)
+    if not method.needs_images:
+        made = noise_columns(method, net.item, len(TEXTS))
+        return Columns(net, TEXTS, made, run.batch, run.seed)
     pictures = torch.rand(len(TEXTS), 3, *net.size, generator=torch.Generator().manual_seed(0))
     return Pictures(net, TEXTS, net.latents(pictures), run.batch, run.seed)
 
-def run_once(arm, model, out, steps):
+def run_once(arm, net, out, steps):
     "One sitting of a run, from its newest checkpoint to its end"
     name, preset = arm
     known = {f.name for f in fields(find(name, preset)())}
     small = {k: v for k, v in SMALL.items() if k in known}
     run, method = settings(name, preset, steps=steps, batch=2, rank=2, checkpoint_every=1, **small)
-    net = Denoiser.from_pretrained(model, guidance=1., device='cpu')
     about, at = dict(model='tiny', reward='bright'), out/'checkpoints'
     with taken(out, new=False):
         again, asked = bool(read_run(out)), dict(method=name, preset=preset, steps=steps)
@@ -104,16 +106,25 @@ def digest(out):
     h.update((out/'metrics.jsonl').read_bytes())
     return h.hexdigest()
 
-def kill_arm(arm, model, d, runs, steps, rng):
+def kill_arm(arm, net, d, runs, steps, rng):
     "How many of `runs` killed runs end as the one left alone, and how often they were killed"
-    sitting(arm, model, d/'warm', 1, out=d/'warm')                     # files and caches
-    length = sitting(arm, model, d/'whole', steps, out=d/'whole')
+    sitting(arm, net, d/'warm', 1, out=d/'warm')                     # files and caches
+    length = sitting(arm, net, d/'whole', steps, out=d/'whole')
     want, same, kills = digest(d/'whole'), 0, 0
     for i in range(runs):
         out = d/f'run{i}'
-        while not sitting(arm, model, out, steps, out=out, delay=rng.uniform(.05, 1.1)*length): kills += 1
+        while not sitting(arm, net, out, steps, out=out, delay=rng.uniform(.05, 1.1)*length): kills += 1
         same += digest(out) == want
     return dict(runs=runs, identical=same, kills=kills)
+
+def report(found, a, seconds):
+    "Sums over the methods that are done, written as they are (not with --dry)"
+    total = {k: sum(r[k] for r in found.values()) for k in ('runs', 'identical', 'kills')}
+    line = (f"{total['identical']} of {total['runs']} runs ended bit-identical to the uninterrupted one; "
+            f"{total['kills']} kills; {seconds:.0f} s")
+    total |= dict(batches=a.steps, seconds=round(seconds, 1), summary=line, arms=found)
+    if not a.dry: write('kill_runs', total)
+    return total
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -130,9 +141,10 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         tiny_sdxl(d/'model')
+        net = Denoiser.from_pretrained(d/'model', guidance=1., device='cpu')     # each child has its own copy
         for i, (name, arm) in enumerate(todo.items()):
             (d/f'arm{i}').mkdir()
-            found[name] = r = kill_arm(arm, d/'model', d/f'arm{i}', a.runs, a.steps, rng)
+            found[name] = r = kill_arm(arm, net, d/f'arm{i}', a.runs, a.steps, rng)
             print(f"{name:28}{r['identical']:>4} of {r['runs']} bit-identical{r['kills']:>6} kills",
                   flush=True)
     total = {k: sum(r[k] for r in found.values()) for k in ('runs', 'identical', 'kills')}
