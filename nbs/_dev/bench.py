@@ -14,6 +14,7 @@ sys.path.insert(0, str(root))
 import torch
 from results import write
 from diffusion_sharpening.basics.seeds import START, fold, noise, stream
+from diffusion_sharpening.basics.stats import shown
 from diffusion_sharpening.commands.load import quiet
 from diffusion_sharpening.data.sources import Batch
 from diffusion_sharpening.maths.choice import pair, pick, standardise, weights
@@ -83,7 +84,7 @@ def typical(rows): return {k: statistics.median(r[k] for r in rows) for k in row
 
 def said(r):
     "A median and its interval as text"
-    return f"{r['median']:.3f}" + ('' if r['low'] is None else f" [{r['low']:.3f}, {r['high']:.3f}]")
+    return shown(dict(mean=r['median'], low=r['low'], high=r['high']), over='')
 
 # Rollout, bare network calls and the diffusers pipeline
 
