@@ -13,6 +13,7 @@ from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
 from diffusion_sharpening.models.counting import KNOWN, anatomy, unet_cost, vae_cost
+from diffusion_sharpening.worlds.world import model_path
 from diffusion_sharpening.training.loop import prepare, train
 from diffusion_sharpening.training.run import Run, settings
 from diffusion_sharpening.training.plan import (
@@ -161,7 +162,7 @@ def test_guidance_doubles_evaluations():
 def test_flops_are_quadratic_in_the_number_of_latents():
     "Convolutions and layers are linear in it, attention quadratic, text constant: three sizes give all"
     L = lambda px: (px/8)**2
-    F = {px: unet_cost('shapes', px, dtype='float32')[0].tflop for px in (64, 128, 192, 320)}
+    F = {px: unet_cost(model_path('shapes'), px, dtype='float32')[0].tflop for px in (64, 128, 192, 320)}
     A = torch.tensor([[1, L(px), L(px)**2] for px in (64, 128, 192)], dtype=torch.float64)
     c = torch.linalg.solve(A, torch.tensor([F[64], F[128], F[192]], dtype=torch.float64))
     assert float(c @ torch.tensor([1, L(320), L(320)**2],
@@ -273,7 +274,8 @@ def test_names_and_folders(folders):
 
 
 @pytest.mark.parametrize('kw, message', [
-    (dict(model='sdxl-turbo'), 'expected sdxl, sd15, shapes'), (dict(device='h20'), "Did you mean 'h200'"),
+    (dict(model='sdxl-turbo'), 'expected sdxl, sd15, an embedded model'),
+    (dict(device='h20'), "Did you mean 'h200'"),
     (dict(px=100), 'multiple of 8'), (dict(px=-8), 'multiple of 8'), (dict(method='ppo'), 'method'),
     (dict(n=0), 'at least 2'), (dict(seconds=0.), 'positive'), (dict(precision='int8'), 'precision'),
     (dict(colour=1), 'setting of rlhf')])

@@ -25,7 +25,7 @@ from ..models.counting import (
 from .loop import Callback
 from .run import Run, settings
 from ..basics.seeds import START, noise
-from ..worlds.world import WORLDS, world_of
+from ..worlds.world import WORLDS, model_path, world_of
 
 # %% ../../nbs/12_training/06_plan.ipynb #77d73ba1
 @dataclass(frozen=True)
@@ -57,12 +57,11 @@ def device_of(name:str # One of `DEVICES`
 
 # %% ../../nbs/12_training/06_plan.ipynb #fb402ea7
 def mfu(tflop:float, # Work, in 10¹² floating-point operations
-        seconds:float, # What it took
+        seconds:float, # What it took, more than 0
         device:str, # One of `DEVICES`
         dtype=None # None: the processor's default
        )->float: # 0…1
     "Model FLOP utilisation"
-    if not seconds > 0: raise ValueError(f'seconds: expected a positive time, found {seconds}')
     return tflop/seconds/device_of(device).peak(dtype)
 
 # %% ../../nbs/12_training/06_plan.ipynb #a0e2f205
@@ -180,7 +179,7 @@ ROWS = dict(
     hours=('h', 'all batches, and the evaluation'))
 
 # %% ../../nbs/12_training/06_plan.ipynb #56cb1194
-def units_of(model:str, # sdxl, sd15, an embedded model, or the folder of a pipeline
+def units_of(model:str, # sdxl, sd15, or the folder of a pipeline
              px:int, # Picture side
              run:Run,
              checkpointing:bool=False # Gradient checkpointing
@@ -281,13 +280,14 @@ def plan(
     "What a training would cost, without training"
     changes |= {k: v for k, v in dict(n=n, m=m).items() if v is not None}
     run, made = settings(method, preset, **changes)
-    dev, px, guidance = device_of(device), picture_side(model, px), 1. if world_of(model) else 5.
+    folder, guidance = model_path(model), 1. if world_of(model) else 5.
+    dev, px = device_of(device), picture_side(folder, px)
     if seconds is not None and not seconds > 0:
         raise ValueError(f'seconds: expected a positive time, found {seconds}')
     if world < 1 or run.batch % world:
         raise ValueError(f'world: expected processes that share a batch of {run.batch} evenly, found {world}')
     what = f'{method} ({preset}) of {Path(model).name}, {px} px'
-    units, sizes = units_of(model, px, run, checkpointing)
+    units, sizes = units_of(folder, px, run, checkpointing)
     return plan_rows(what, run, made, units, sizes, dev, guidance, seconds, share, world, heldout, S_eval)
 
 # %% ../../nbs/12_training/06_plan.ipynb #f509f359
