@@ -16,7 +16,10 @@ from .elbo_pg import ELBOPG
 from .nft import NFT
 from .ddpo import DDPO
 from .flow_grpo import FlowGRPO
+from .gors import GORS, RWR
+from .graft import GRAFT
 from .online_dpo import OnlineDPO
+from .p_graft import PGRAFT
 from .protocol import Method
 from .ram import RAM
 from .rlhf_sharpening import RLHFSharpening
@@ -32,6 +35,7 @@ METHODS = dict(
     branch_regression=BranchRegression, step_preference=StepPreference, online_dpo=OnlineDPO,
     best_of_n=BestOfN, contrast=Contrast,
     nft=NFT, awm=AWM, rvm=RVM, ram=RAM, crd=CRD, elbo_pg=ELBOPG,
+    graft=GRAFT, p_graft=PGRAFT, gors=GORS, rwr=RWR,
     ddpo=DDPO, flow_grpo=FlowGRPO,
 )
 

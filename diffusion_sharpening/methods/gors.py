@@ -11,20 +11,20 @@ from ..basics.settings import within
 from ..maths.acceptance import accept_above
 from .graft import Accepting
 
-# %% ../../nbs/08_methods/32_gors.ipynb #c8f6208a
+# %% ../../nbs/08_methods/32_gors.ipynb #88a9feea
 @dataclass
 class GORS(Accepting):
     "Denoising loss on own samples above a threshold, weighted by their reward"
     n: int = within(10, 1)            # Samples per prompt
-    least: float = 0.                 # What is good enough, in units of the reward
+    threshold: float = 0.             # What is good enough, in units of the reward
 
-    def accepted(self, R, seeds): return accept_above(R, self.least)
+    def accepted(self, R, seeds): return accept_above(R, self.threshold)
 
     def weights(self, R, ok):
         "The reward of the accepted `(n, B)`; a `ValueError` where it is negative"
         if (R[ok] < 0).any():
             raise ValueError('gors: expected rewards of at least 0 above the threshold, '
-                             f'found {R[ok].min():.4g}; raise least, or use rwr')
+                             f'found {R[ok].min():.4g}; raise threshold, or use rwr')
         return R*ok
 
 # %% ../../nbs/08_methods/32_gors.ipynb #258c117c

@@ -102,13 +102,13 @@ class GRAFT(Accepting):
 
     def accepted(self, R, seeds): return accept(R, self.K, seeds)
 
-# %% ../../nbs/08_methods/30_graft.ipynb #fd4d5f05
+# %% ../../nbs/08_methods/30_graft.ipynb #32a4d84d
 @dataclass
 class ThresholdGRAFT(Accepting):
     "Denoising loss on all samples whose reward reaches a threshold"
-    least: float = 0.                 # What is good enough, in units of the reward
+    threshold: float = 0.             # What is good enough, in units of the reward
 
-    def accepted(self, R, seeds): return accept_above(R, self.least)
+    def accepted(self, R, seeds): return accept_above(R, self.threshold)
 
 # %% ../../nbs/08_methods/30_graft.ipynb #eb600d54
 @dataclass
