@@ -6,9 +6,10 @@ from dataclasses import fields, replace
 import pytest, torch
 
 diffusers = pytest.importorskip('diffusers')
-from diffusion_sharpening.data.sources import Pictures, Prompts
+from diffusion_sharpening.data.sources import Columns, Prompts
 from diffusion_sharpening.evaluation.measure import evaluate
 from diffusion_sharpening.methods.catalog import METHODS, find, presets as presets_of
+from diffusion_sharpening.methods.protocol import noise_columns
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
@@ -19,7 +20,6 @@ from diffusion_sharpening.training.run import Run, settings
 from diffusion_sharpening.training.plan import (
     DEVICES, ROWS, Plan, advice, device_here, device_of, evaluations, fitting, measured, mfu, plan, plan_rows,
     plan_table, units_of)
-from diffusion_sharpening.basics.seeds import START, noise
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
@@ -31,7 +31,7 @@ every_preset = pytest.mark.parametrize('name, preset', names)
 
 
 class Bright(Reward):
-    name = 'bright'
+    name, differentiable = 'bright', True
     def score(self, images, prompts): return 100*images.mean((1, 2, 3))
 
 
@@ -72,8 +72,7 @@ def counted(folder, name, preset, **changes):
     run, method = settings(name, preset, **changes)
     d = Denoiser.from_pretrained(folder, guidance=1., device='cpu')
     prepare(d, run, method)
-    if method.needs_images: source = Pictures(d, PROMPTS, noise(torch.arange(2), START, d.item), 2, run.seed)
-    else: source = Prompts(d, PROMPTS, 2, run.seed)
+    source = Columns(d, PROMPTS, noise_columns(method, d.item, 2), 2, run.seed)
     batch, seen = source.batch(0), metered(d)
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
         with torch.no_grad(): lesson = method.collect(d, Bright(), batch)
@@ -89,7 +88,7 @@ def test_evaluations_are_those_of_a_training(folders, name, preset):
     ask = evaluations(*settings(name, preset, **changes), batches=1)
     assert ask['lesson'] == seen['lesson']
     assert ask['rollout'] + ask['old'] + ask['reference'] == seen['plain']
-    assert ask['decode'] == seen['decode']
+    assert ask['decode'] + ask['decode with gradient'] == seen['decode']
 
 
 @pytest.mark.parametrize('layout', ['xl', 'sd'])

@@ -8,7 +8,7 @@ diffusers = pytest.importorskip('diffusers')
 from diffusion_sharpening.basics.seeds import START, fold, noise, stream
 from diffusion_sharpening.commands import train as command
 from diffusion_sharpening.commands.load import load_model, quiet
-from diffusion_sharpening.data.sources import Batch, Pictures, Prompts
+from diffusion_sharpening.data.sources import Batch, Columns
 from diffusion_sharpening.maths.choice import argmax, pair, pick, standardise
 from diffusion_sharpening.maths.losses import log_ratio, preference
 from diffusion_sharpening.maths.rollout import branch, rollout
@@ -16,7 +16,7 @@ from diffusion_sharpening.methods.catalog import METHODS, find
 from diffusion_sharpening.methods.forward import Forward
 from diffusion_sharpening.methods.parts import (
     along_path, candidate_seeds, from_noises, held_noise, path_error)
-from diffusion_sharpening.methods.protocol import check_method
+from diffusion_sharpening.methods.protocol import check_method, noise_columns
 from diffusion_sharpening.methods.ram import RAM
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.lora import lora_file
@@ -33,7 +33,7 @@ tiny = dict(steps=2, batch=2, rank=2, n=2, S=3)
 
 class Bright(Reward):
     "Mean brightness: cheap, and never tied"
-    name = 'bright'
+    name, differentiable = 'bright', True
     def score(self, images, prompts): return 100*images.mean((1, 2, 3))
 
 
@@ -50,8 +50,7 @@ def load(xl, **kwargs): return Denoiser.from_pretrained(xl, guidance=1., device=
 
 def source_of(d, method, run):
     "Prompts, or pictures of noise"
-    if not method.needs_images: return Prompts(d, PROMPTS, run.batch, run.seed)
-    return Pictures(d, PROMPTS, noise(torch.arange(3), START, d.item), run.batch, run.seed)
+    return Columns(d, PROMPTS, noise_columns(method, d.item, 3), run.batch, run.seed)
 
 
 def fit(xl, name='rlhf', preset='default', callbacks=(), **changes):
@@ -69,14 +68,14 @@ def lesson_of(d, name, preset='default', **changes):
     "A method and the lesson of one batch, for a policy that still equals the reference"
     run, method = settings(name, preset, **{'batch': 2, 'rank': 2, **changes})
     prepare(d, run, method)
-    data = dict(x0=noise(torch.arange(2), START, d.item)) if method.needs_images else {}
+    data = noise_columns(method, d.item, 2)
     batch = Batch(PROMPTS[:2], d.encode(PROMPTS[:2]), fold(7, torch.arange(2)), data)
     with torch.no_grad(): return method, batch, method.collect(d, Bright(), batch)
 
 
 def whole_loss(method, d, lesson, u=0):
     "The loss of an update, as the loop weighs it"
-    losses, log = method.loss(d, None, lesson, u)
+    losses, log = method.loss(d, Bright(), lesson, u)
     return (losses*lesson.use).sum()/lesson.use.sum(), log
 
 
@@ -240,7 +239,7 @@ def test_parts_of_an_update_give_the_gradient_of_the_whole(xl, name, micro):
     whole = grads(d, whole_loss(method, d, lesson)[0])
     for p in d.trainable(): p.grad = None
     for part in lesson.parts(max(1, micro//method.width)):
-        ((method.loss(d, None, part, 0)[0]*part.use).sum()/lesson.use.sum()).backward()
+        ((method.loss(d, Bright(), part, 0)[0]*part.use).sum()/lesson.use.sum()).backward()
     for a, p in zip(whole, d.trainable()): torch.testing.assert_close(a, p.grad, atol=1e-4, rtol=1e-2)
 
 
@@ -261,6 +260,7 @@ OTHER = dict(aggregate='last', loss_kind='rebel', n=8, m=1, S=5, alpha=1., eta=.
              own_noise=True,
              first_only=True,
              share=.5, summed=True, largest=.1, memory=3, least=4, clip=1e-7, group=True,   # policy gradients
+             gap=.5, every=2, K=2, target=-9., scale=1., gamma=1.,
              )
 # of the forward-process family; where a setting needs another one to matter, the second
 OTHER |= dict(noises=2, most=.5, scale=.3, kl=.5, near=.7, near_rate=.5, anchor=.5, power=.5,
@@ -279,13 +279,13 @@ FIELDS = [o for name, made in METHODS.items() for o in fields_of(name, made)]
 
 class Fickle(Reward):
     "Jumps from picture to picture, so that every way to choose chooses differently"
-    name = 'fickle'
+    name, differentiable = 'fickle', True
     def score(self, images, prompts): return (1e4*images.mean((1, 2, 3))).sin()
 
 
 def trace(d, method):
     "What a method does in two batches: its losses and gradients"
-    data = dict(x0=noise(torch.arange(2), START, d.item)) if method.needs_images else {}
+    data = noise_columns(method, d.item, 2)
     out = []
     for k in range(2):
         batch = Batch(PROMPTS[:2], d.encode(PROMPTS[:2]), fold(7+k, torch.arange(2)), data)

@@ -11,10 +11,12 @@ from .awm import AWM
 from .best_of_n import BestOfN
 from .branch_regression import BranchRegression
 from .contrast import Contrast
+from .d3po import D3PO
 from .crd import CRD
 from .elbo_pg import ELBOPG
 from .nft import NFT
 from .ddpo import DDPO
+from .diffusion_dpo import DiffusionDPO
 from .flow_grpo import FlowGRPO
 from .gors import GORS, RWR
 from .graft import GRAFT
@@ -22,9 +24,11 @@ from .online_dpo import OnlineDPO
 from .p_graft import PGRAFT
 from .protocol import Method
 from .ram import RAM
+from .reward_gradient import DRaFT, ReFL
 from .rlhf_sharpening import RLHFSharpening
 from .rvm import RVM
 from .sft_sharpening import SFTSharpening
+from .spo import SPO
 from .standard import Standard
 from .step_preference import StepPreference
 from ..rewards.own import load_object
@@ -34,9 +38,10 @@ METHODS = dict(
     standard=Standard, sft_sharpening=SFTSharpening, rlhf_sharpening=RLHFSharpening,
     branch_regression=BranchRegression, step_preference=StepPreference, online_dpo=OnlineDPO,
     best_of_n=BestOfN, contrast=Contrast,
+    ddpo=DDPO, flow_grpo=FlowGRPO, diffusion_dpo=DiffusionDPO, d3po=D3PO,
+    spo=SPO, refl=ReFL, draft=DRaFT,
     nft=NFT, awm=AWM, rvm=RVM, ram=RAM, crd=CRD, elbo_pg=ELBOPG,
     graft=GRAFT, p_graft=PGRAFT, gors=GORS, rwr=RWR,
-    ddpo=DDPO, flow_grpo=FlowGRPO,
 )
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #0dc577fa

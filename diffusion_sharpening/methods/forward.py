@@ -43,7 +43,7 @@ class Forward(Method):
     "Learn from whole samples by their rewards, on fresh noise; a method of the family is its `rule`"
     n: int = within(8, 2)             # Samples per prompt
     S: int = within(10, 1)            # Sampler steps
-    eta: float = within(0., 0, 1)     # Fresh noise of each step
+    eta: float = within(-1., -1, 1)   # Fresh noise of each step; below 0: as the model samples
     noises: int = within(1, 1)        # Fresh noises of each sample in an update, each at a time of its own
     updates: int = within(1, 1)       # Gradient updates on each batch
     group: bool = False               # Divide rewards by the spread of their prompt, not of the batch?

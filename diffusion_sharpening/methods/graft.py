@@ -24,7 +24,7 @@ class Accepting(Method):
     "Denoising loss on accepted samples; a method is its rule, `accepted`"
     n: int = within(4, 1)             # Samples per prompt
     S: int = within(16, 1)            # Sampler steps
-    eta: float = within(0., 0, 1)     # Fresh noise of each step
+    eta: float = within(-1., -1, 1)   # Fresh noise of each step; below 0: as the model samples
     noises: int = within(4, 1)        # Fresh noises of each accepted sample in an update
     round: int = within(0, 0)         # Batches until the policy takes over the sampling; 0: always the base
     guidance: float = within(0., 0)   # Classifier-free guidance in rollouts; 1: none, 0: as the model samples

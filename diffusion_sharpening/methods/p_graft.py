@@ -108,8 +108,9 @@ class PGRAFT(GRAFT):
     def samples(self, model, view, batch, seeds) -> tuple:
         "States at the switch, and the samples that the base made of them `(n, B, *item)`"
         at, grid = switch_step(self.ft_fraction, self.S), model.grid(self.S)
+        eta = model.eta if self.eta < 0 else self.eta
         def run(x, ts):
-            return rollout(view, x, ts, batch.cond, self.eta, seeds, keep=False).end if len(ts) > 1 else x
+            return rollout(view, x, ts, batch.cond, eta, seeds, keep=False).end if len(ts) > 1 else x
         with self.sampler(model): x = run(noise(seeds, START, model.item, model.device), grid[:at+1])
         with model.reference(): return x, run(x, grid[at:])
 

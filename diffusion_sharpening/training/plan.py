@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from ..models.cond import Cond
-from ..data.sources import Pictures, Prompts
+from ..data.sources import Columns
+from ..methods.protocol import noise_columns
 from ..models.denoiser import Denoiser
 from ..rewards.protocol import Reward
 from ..maths.samplers import time_grid
@@ -67,7 +68,7 @@ def mfu(tflop:float, # Work, in 10¹² floating-point operations
 # %% ../../nbs/12_training/06_plan.ipynb #a0e2f205
 class StandIn(Denoiser):
     "A model that counts what is asked of it and knows nothing"
-    full, sharded, named = False, False, {}
+    full, sharded, named, eta = False, False, {}, 0.
     def __init__(self, guidance=1., full=False):
         self.full, self.guidance, self.kind, self.schedule = full, guidance, 'epsilon', VP.scaled_linear()
         self.item, self.size, self.device = (1, 1, 1), (1, 1), torch.device('cpu')
@@ -107,8 +108,7 @@ def evaluations(run:Run, method, # Settings, and the method
                )->dict: # Evaluations and decodes, means per batch; copies of weights; pictures in one call
     "What one batch of a method asks for"
     d, judge, texts = StandIn(guidance, run.rank == 0), _Any(), ['a prompt']*run.batch
-    source = (Pictures(d, texts, torch.zeros(run.batch, *d.item), run.batch, run.seed) if method.needs_images
-              else Prompts(d, texts, run.batch, run.seed))
+    source = Columns(d, texts, noise_columns(method, d.item, run.batch), run.batch, run.seed)
     method.start(d)
     for k in range(batches):
         with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -15,8 +15,9 @@ torch.set_num_threads(1)
 from diffusion_sharpening.basics.words import one_of
 from diffusion_sharpening.commands.load import quiet
 from results import write
-from diffusion_sharpening.data.sources import Pictures, Prompts
+from diffusion_sharpening.data.sources import Columns, Pictures
 from diffusion_sharpening.methods.catalog import METHODS, find, presets
+from diffusion_sharpening.methods.protocol import noise_columns
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.rewards.protocol import Reward
@@ -31,7 +32,7 @@ TEXTS = ['a cat', 'a dog', 'a tree', 'a house']
 SMALL = dict(n=2, m=2, S=3)          # of a method, where it has such a setting
 
 class Bright(Reward):
-    name = 'bright'
+    name, differentiable = 'bright', True
     def score(self, images, prompts): return images.mean((1, 2, 3))
 
 def arms(names):
@@ -48,7 +49,9 @@ def arms(names):
 
 def source(net, method, run):
     "Prompts, with pictures where the method learns from them"
-    if not method.needs_images: return Prompts(net, TEXTS, run.batch, run.seed)
+    if not method.needs_images:
+        made = noise_columns(method, net.item, len(TEXTS))
+        return Columns(net, TEXTS, made, run.batch, run.seed)
     pictures = torch.rand(len(TEXTS), 3, *net.size, generator=torch.Generator().manual_seed(0))
     return Pictures(net, TEXTS, net.latents(pictures), run.batch, run.seed)
 
