@@ -34,15 +34,20 @@ def load_model(name:str, # `shapes`, a folder, or a name on the Hugging Face Hub
                dtype:str='float32', # Precision it is loaded in
                px:int=None, # Side of its pictures in pixels; None: what the model was made for
                variant:str=None, # Variant of its files, e.g. fp16
-               vae:str=None # Folder or name of a cheaper autoencoder for scoring
+               vae:str=None, # Folder or name of a cheaper autoencoder for scoring
+               eta:float=None # Fresh noise of each step; None: the world's best measured, 0 for others
               )->Denoiser:
     "Load a model by name"
     if guidance is not None and not guidance >= 1:
         raise ValueError(f'guidance: expected at least 1, found {guidance}')
+    if eta is not None and not 0 <= eta <= 1: raise ValueError(f'eta: expected 0 to 1, found {eta}')
     quiet()
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    guidance = guidance or (1. if world_of(name) else 5.)
-    model = Denoiser.from_pretrained(model_path(name), guidance, dtype, size=px, vae=vae, variant=variant)
+    world = world_of(name)
+    guidance = guidance or (1. if world else 5.)
+    if eta is None: eta = world.eta if world else 0.
+    more = dict(size=px, vae=vae, variant=variant, eta=eta)
+    model = Denoiser.from_pretrained(model_path(name), guidance, dtype, **more)
     if model.device.type == 'cpu': model.autoencoder.to(memory_format=torch.channels_last)
     if lora is not None: model.load_lora(named(lora, 'lora'), trainable=False)
     return model

@@ -41,6 +41,7 @@ def sample(
     out:str='out', # Folder for the pictures
     n:int=24, # How many prompts
     S:int=20, # Sampler steps
+    eta:float=None, # Fresh noise of each step, 0 … 1; None: the world's best measured, 0 for others
     seed:int=0, # Of the start noise
     guidance:float=None, # Classifier-free guidance; None: the model's default
     px:int=None, # Side of the pictures in pixels; None: what the model was made for
@@ -51,7 +52,7 @@ def sample(
     if S < 1: raise ValueError(f'S: expected at least one sampler step, found {S}')
     texts = prompt_set(prompts, n, 'heldout', seed=1)[:n]
     seeds, out = start_seeds(seed, len(texts)), output_folder(out)
-    d = load_model(base_of(model, lora), guidance, lora, px=px, variant=variant)
+    d = load_model(base_of(model, lora), guidance, lora, px=px, variant=variant, eta=eta)
     write_pictures(d.sample(texts, seeds, S).cpu(), texts, out)
     return out
 

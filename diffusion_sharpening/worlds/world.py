@@ -27,6 +27,7 @@ class World:
     show: Callable # `things -> pictures (B, 3, H, W)`, float in [0, 1]
     models: dict = field(default_factory=dict) # Name → folder of embedded weights
     judges: dict = field(default_factory=dict) # Name of a reward → folder of embedded weights
+    eta: float = 0. # Fresh noise of each sampler step with which its models measure best
 
     def knows(self, prompts:list)->bool:
         "Whether all of these texts are prompts of this world"
@@ -64,7 +65,7 @@ def _shapes_pairs(n, seed=0):
 WORLDS = dict(
     shapes=World('shapes', prompts, _shapes_pairs, Checker(), show=lambda x: x,
                  groups=lambda texts: [category(t) for t in texts],
-                 models=dict(shapes='shapes-sdxl'),
+                 models=dict(shapes='shapes-sdxl'), eta=1.,
                  judges=dict(clip='shapes-clip', mllm='shapes-grader', preference='shapes-preference',
                              aesthetic='shapes-aesthetic')))
 
