@@ -9,16 +9,15 @@ from diffusion_sharpening.basics.seeds import START, fold, noise
 from diffusion_sharpening.commands import cli, train as command
 from diffusion_sharpening.commands.load import load_model, quiet
 from diffusion_sharpening.data.sources import Batch, Columns
-from diffusion_sharpening.maths.choice import standardise
+from diffusion_sharpening.maths.choice import advantages, standardise
 from diffusion_sharpening.maths.losses import policy_gradient, preference, refl, step_log_ratio
 from diffusion_sharpening.maths.samplers import flow_sde_coefs, log_prob, move, step
 from diffusion_sharpening.maths.schedules import VP, Flow
 from diffusion_sharpening.methods.catalog import METHODS, find
 from diffusion_sharpening.methods.ddpo import DDPO, DDPOScore
-from diffusion_sharpening.methods.flow_grpo import FlowGRPO, group_advantages
 from diffusion_sharpening.methods.policy_gradient import trained_steps
 from diffusion_sharpening.methods.protocol import check_method, noise_columns
-from diffusion_sharpening.methods.reward_gradient import DRaFT, ReFL
+from diffusion_sharpening.methods.reward_gradient import ReFL
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.lora import lora_file
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
@@ -75,7 +74,7 @@ def test_clipped_policy_gradient(A, ratio, loss):
 def test_advantages():
     R = torch.tensor([[1.], [2.], [4.]])
     assert standardise(R)[:, 0].tolist() == pytest.approx([-1.06904, -.26726, 1.33631], abs=1e-5)
-    assert group_advantages(R, True)[:, 0].tolist() == pytest.approx([-1.06896, -.26724, 1.33620], abs=1e-5)
+    assert advantages(R, True)[:, 0].tolist() == pytest.approx([-1.06896, -.26724, 1.33620], abs=1e-5)
 
 
 def test_worked_examples():
