@@ -24,7 +24,8 @@ from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
 from diffusion_sharpening.models.toy import Gaussian
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.training.loop import prepare, train
-from diffusion_sharpening.training.plan import asks, evaluations
+from diffusion_sharpening.commands.lists import asks
+from diffusion_sharpening.training.plan import evaluations
 from diffusion_sharpening.training.resume import Checkpoint, Resume
 from diffusion_sharpening.training.run import Run, settings
 
