@@ -16,7 +16,8 @@ def accelerator(device, # Of the model
     from accelerate import Accelerator
     try: acc = Accelerator(cpu=device.type == 'cpu')
     except (ImportError, RuntimeError, ValueError) as e:
-        raise ValueError(f'launch: accelerate cannot begin as ACCELERATE_… in the environment says: {e}') from None
+        why = f'launch: accelerate cannot begin as ACCELERATE_… in the environment says: {e}'
+        raise ValueError(why) from None
     kind = str(acc.distributed_type).split('.')[-1]
     if kind in ('DEEPSPEED', 'MEGATRON_LM'):
         raise ValueError(f'processes: expected MULTI_GPU or FSDP, found {kind}')
