@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from .heldout import check_judges, heldout_number, heldout_prompts, judges
 from .interchange import check_decode
-from .load import first_process, load_model, output_folder
+from .load import load_model, output_folder
 from .provenance import provenance
 from .report import compared, suspicions, watched
 from ..data.latents import Latents, latents_dir
@@ -28,7 +28,7 @@ from ..basics.files import write_json
 from ..models.lora import lora_file
 from ..rewards.preference import split_pairs
 from ..training.callbacks import Alarms, Log, Progress, Timer, Tracker, WinRate
-from ..training.folder import read_report, read_run, sums, taken
+from ..training.folder import first_process, read_report, read_run, sums, taken
 from ..training.loop import train as fit
 from ..training.record import going_on, model_content, record
 from ..training.resume import Checkpoint, Record, Resume
