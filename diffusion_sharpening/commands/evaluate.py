@@ -8,7 +8,7 @@ __all__ = ['evaluate', 'said', 'score_said']
 # %% ../../nbs/13_commands/10_evaluate.ipynb #76140b5e
 from ..basics.console import columns, number
 from .heldout import check_judges, heldout_number, judges
-from .load import base_of, load_model
+from .load import as_trained, base_of, load_model
 from ..data.tables import prompt_set
 from ..evaluation.measure import evaluate as measure, report
 from ..evaluation.tables import measured_table
@@ -35,7 +35,8 @@ def evaluate(
     if n < 1: raise ValueError(f'n: expected at least one prompt, found {n}')
     texts = prompt_set(prompts, n, 'heldout', seed=1)[:n]
     r = load_reward(reward, world and world.name, train=False)
-    d, asked = load_model(model, guidance, lora, px=px, variant=variant, eta=eta), judges(r, texts, model)
+    d = as_trained(load_model(model, guidance, lora, px=px, variant=variant, eta=eta), lora, S)
+    asked = judges(r, texts, model)
     check_judges(asked, texts, d)
     e = measure(d, texts, asked, S, seed=seed)
     return dict(model=model, lora=lora, judge=reward, prompts=prompts, heldout_prompts=len(texts), S=S,

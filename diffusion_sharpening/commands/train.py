@@ -191,7 +191,7 @@ def fine_tune(out:Path, # Folder of the run
     s = fit(d, made, judge, source, run, beside)
     if s.stop: return stopped(out, method, s)
     saved = save_weights(out, d, run.rank > 0) if s.rank == 0 else None
-    after = evaluate(d, held, exam, S_eval) if held else None
+    after = evaluate(made.deployed(d, S_eval), held, exam, S_eval) if held else None
     rep = dict(method=method, preset=preset, model=model, reward=reward, judge=judge.name,
                seed=run.seed, steps=run.steps,
                seconds=round(time.time()-t0, 1), seconds_training=round(s.seconds, 1),
