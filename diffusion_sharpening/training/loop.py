@@ -163,6 +163,7 @@ def collect(s:State, batch): # `Lesson`, or None where some process has none
     s.nfe += meter.nfe*s.world
     if s.team.all(lesson is not None):
         lesson.log['nfe'] = meter.nfe*s.world
+        lesson.means = {k: s.team.mean(v) for k, v in lesson.means.items()}
         s.pictures = lesson.pictures
         return lesson
     s.skipped, s.bad = s.skipped+1, s.bad+1
