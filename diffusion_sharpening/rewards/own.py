@@ -68,6 +68,7 @@ def _text(e):
     try: return str(e)
     except Exception: return 'no text'
 
+# %% ../../nbs/04_rewards/17_own.ipynb #4a1821be
 def _raised(which, doing, e):
     at = extract_tb(e.__traceback__)[-1]
     at = f'line {e.lineno}' if isinstance(e, SyntaxError) else f'{Path(at.filename).name}, line {at.lineno}'

@@ -70,6 +70,7 @@ def read_run(folder # Of a run
     if not os.path.lexists(folder/'run.json') and not checkpoints(folder/'checkpoints'): return
     raise FolderError(f'run: {why}, and no whole checkpoint in {folder} says what was asked for')
 
+# %% ../../nbs/12_training/08_folder.ipynb #c61a00e7
 _TEXTS = 'preset heldout_prompts tracker variant vae images'.split()
 _KINDS = dict(method=str, model=str, reward=str, prompts=str, changes=dict, S_eval=int) | {
     k: (str, type(None)) for k in _TEXTS} | {
