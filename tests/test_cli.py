@@ -307,13 +307,15 @@ def test_steps_on_the_line_win(xl, tmp_path):
 def test_alarms_are_in_the_report(xl, tmp_path, monkeypatch):
     "What the log watched, and what rang on the held-out pictures of this run; the table repeats it"
     asked = []
-    def ring(images, reference): asked.append((images, reference)); return ['pictures are darker']
+    def ring(images, reference, stats):
+        asked.append((images, reference))
+        return ['pictures are darker']
     monkeypatch.setattr(reports, 'alarms', ring)
     rep = command.train('rlhf', 'shapes', 'clip', out=str(tmp_path/'out'), heldout=12, S_eval=1, steps=20, n=2,
                         S=2, batch=2, rank=2, lr=.03)
     seen = strict((tmp_path/'out/report.json').read_text())['alarms']
     assert seen == rep['alarms'] and seen['rang'][0] == 'pictures are darker'
-    assert {'image/brightness', 'held-out/checker'} <= set(seen['watched'])
+    assert {'image/brightness', 'image/bleed', 'held-out/checker'} <= set(seen['watched'])
     after, before = asked[0]
     assert after.shape == before.shape == (12, 3, 64, 64) and not after.equal(before)
     rows = [json.loads(l) for l in (tmp_path/'out/metrics.jsonl').read_text().splitlines()]

@@ -9,6 +9,7 @@ diffusers = pytest.importorskip('diffusers')
 from diffusion_sharpening.data.sources import Pictures, Prompts
 from diffusion_sharpening.evaluation.measure import evaluate
 from diffusion_sharpening.methods.catalog import METHODS, find, presets as presets_of
+from diffusion_sharpening.maths.rollout import Meter
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
@@ -65,7 +66,7 @@ def metered(d):
 
 
 def counted(folder, name, preset, **changes):
-    "One batch of a real training: network evaluations by kind, decodes, TFLOP"
+    "One batch of a real training: network evaluations by kind, decodes, TFLOP; a meter counts the same"
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     run, method = settings(name, preset, **changes)
@@ -73,10 +74,11 @@ def counted(folder, name, preset, **changes):
     prepare(d, run, method)
     if method.needs_images: source = Pictures(d, PROMPTS, noise(torch.arange(2), START, d.item), 2, run.seed)
     else: source = Prompts(d, PROMPTS, 2, run.seed)
-    batch, seen = source.batch(0), metered(d)
+    batch, seen, meter = source.batch(0), metered(d), Meter(d)
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
-        with torch.no_grad(): lesson = method.collect(d, Bright(), batch)
-        for u in range(method.updates): method.loss(d, Bright(), lesson, u)[0].mean().backward()
+        with torch.no_grad(): lesson = method.collect(meter, Bright(), batch)
+        for u in range(method.updates): method.loss(meter, Bright(), lesson, u)[0].mean().backward()
+    assert meter.nfe == seen['lesson'] + seen['plain']
     return seen, flops.get_total_flops()/1e12
 
 

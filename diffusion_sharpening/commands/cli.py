@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..basics.words import one_of
 from .options import parse_settings, read_config
-from ..basics.console import complaint, stop_code
+from ..basics.console import columns, complaint, stop_code
 
 # %% ../../nbs/13_commands/14_cli.ipynb #80459209
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _more_settings(p): # Of the method and the run
 # %% ../../nbs/13_commands/14_cli.ipynb #9eb58e38
 def usage()->str:
     "The list of commands"
-    what = '\n'.join(f'  {c:14}{about(c)}' for c in COMMANDS)
+    what = columns([['  ' + c, about(c)] for c in COMMANDS])
     return f'usage: sharpen COMMAND …  (sharpen COMMAND --help says more)\n\n{what}'
 
 # %% ../../nbs/13_commands/14_cli.ipynb #f9aabe50

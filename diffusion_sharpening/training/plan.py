@@ -19,6 +19,7 @@ from ..models.denoiser import Denoiser
 from ..rewards.protocol import Reward
 from ..maths.samplers import time_grid
 from ..maths.schedules import VP
+from ..basics.console import columns
 from ..basics.words import one_of
 from ..models.counting import (
     Cost, Live, anatomy, picture_side, text_params, unet_cost, vae_cost)
@@ -297,8 +298,8 @@ def plan_table(rows:list # From `plan`
     def show(x):
         if isinstance(x, (bool, str)): return {True: 'yes', False: 'no'}.get(x, x)
         return f'{x:,.4g}' if x < 1e4 else f'{x:,.0f}'
-    def line(r): return f"{r['name'].replace('_', ' '):<18}{show(r['value']):>10} {r['unit']:<12}{r['about']}"
-    return '\n'.join([rows[0]['value'], *(line(r).rstrip() for r in rows[1:])])
+    table = [[r['name'].replace('_', ' '), show(r['value']), r['unit'], r['about']] for r in rows[1:]]
+    return f"{rows[0]['value']}\n{columns(table, right=(1,))}"
 
 # %% ../../nbs/12_training/06_plan.ipynb #7d189697
 def fitting(model:str, # As for `plan`

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from .exam import Exam
-from .shapes.draw import category, dataset, prompts
-from .shapes.exam import Checker
+from .shapes.draw import PX, category, dataset, prompts
+from .shapes.exam import Checker, bleed
 
 # %% ../../nbs/05_worlds/01_world.ipynb #b99b98f5
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class World:
     show: Callable # `things -> pictures (B, 3, H, W)`, float in [0, 1]
     models: dict = field(default_factory=dict) # Name → folder of embedded weights
     judges: dict = field(default_factory=dict) # Name of a reward → folder of embedded weights
+    stats: Callable = lambda things: {} # `things -> {name: (B,)}`: what else can be seen; {} for other things
 
     def knows(self, prompts:list)->bool:
         "Whether all of these texts are prompts of this world"
@@ -61,10 +62,12 @@ def _shapes_pairs(n, seed=0):
     ims, texts = dataset(n, seed)
     return ims.float()/255, texts
 
+def _shapes_stats(x): return dict(bleed=bleed(x)) if x.shape[1:] == (3, PX, PX) else {}
+
 WORLDS = dict(
     shapes=World('shapes', prompts, _shapes_pairs, Checker(), show=lambda x: x,
                  groups=lambda texts: [category(t) for t in texts],
-                 models=dict(shapes='shapes-sdxl'),
+                 models=dict(shapes='shapes-sdxl'), stats=_shapes_stats,
                  judges=dict(clip='shapes-clip', mllm='shapes-grader', preference='shapes-preference',
                              aesthetic='shapes-aesthetic')))
 
@@ -106,6 +109,8 @@ def _about_things(w, n):
     yield 'the same pairs for the same seed', texts == again and torch.equal(x, y)
     yield 'a picture (3, H, W) of each thing', x.shape[:2] == (n, 3) and x.is_floating_point()
     yield 'pictures in [0, 1]', 0 <= x.min() and x.max() <= 1
+    yield 'one number for each thing', all(v.shape == (n,) for v in w.stats(things).values())
+    yield 'no statistics of other things', w.stats(torch.zeros(n, 1)) == {}
     for folder in {**w.models, **w.judges}.values(): yield f'the weights {folder}', weights(folder).is_dir()
 
 # %% ../../nbs/05_worlds/01_world.ipynb #7850d7a1
