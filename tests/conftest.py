@@ -3,13 +3,15 @@ import os
 
 import pytest
 
-os.environ.setdefault('HF_HUB_OFFLINE', '1')   # nothing here needs the network, and the hub retries for half a minute
+# nothing here needs the network, and the hub retries for half a minute
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 
 def pytest_addoption(parser): parser.addoption('--slow', action='store_true', help='run slow tests too')
 
 
-def pytest_configure(config): config.addinivalue_line('markers', 'slow: takes minutes or gigabytes; left out unless asked for')
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: takes minutes or gigabytes; left out unless asked for')
 
 
 def pytest_collection_modifyitems(config, items):

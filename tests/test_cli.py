@@ -99,7 +99,8 @@ bad = {
     'broken config': (train + ' --config {tmp}/broken', 'config: '),
     'config that is a list': (train + ' --config {tmp}/array', 'expected an object'),
     'no such setting in config': (train + ' --config {tmp}/wrong', "you mean 'beta'"),
-    'pictures that are not there': (train.replace('rlhf', 'sft --preset paper') + ' S=5', 'image-caption pairs'),
+    'pictures that are not there': (train.replace('rlhf', 'sft --preset paper') + ' S=5',
+                                    'image-caption pairs'),
     'no pictures to make': ('sample --model {xl} --out {out} --n 0', 'n: expected'),
     'no sampler steps': ('sample --model {xl} --out {out} --S 0', 'S: expected'),
     'guidance below one': ('sample --model {xl} --out {out} --guidance .5', 'guidance: expected'),
@@ -171,9 +172,11 @@ def test_reward_that_breaks_later(xl, tmp_path, monkeypatch, capsys):
 def test_reward_that_goes_blind(xl, tmp_path, monkeypatch, capsys):
     "Scores that are not finite are skipped; too many in a row save the run and end it, naming the prompts"
     flawed(monkeypatch, 'nan', 3)
-    args = ['--model', xl, '--out', tmp_path/'out', '--heldout', 0, '--steps', 9, '--set', *small, 'patience=3']
+    args = ['--model', xl, '--out', tmp_path/'out', '--heldout', 0, '--steps', 9, '--set', *small,
+            'patience=3']
     assert call(monkeypatch, 'train', 'rlhf', *args) == 1
-    one_line(capsys.readouterr().err.splitlines(True)[-1], '3 updates in a row were not finite; the last prompts: a ')
+    one_line(capsys.readouterr().err.splitlines(True)[-1],
+             '3 updates in a row were not finite; the last prompts: a ')
     rows = [json.loads(l) for l in (tmp_path/'out/metrics.jsonl').read_text().splitlines()]
     assert [r['skipped'] for r in rows] == [0, 0, 1, 2, 3]
     assert [o.name for o in (tmp_path/'out/checkpoints').iterdir()] == ['step-00000005']
@@ -311,7 +314,8 @@ def test_alarms_are_in_the_report(xl, tmp_path, monkeypatch):
         asked.append((images, reference))
         return ['pictures are darker']
     monkeypatch.setattr(reports, 'alarms', ring)
-    rep = command.train('rlhf', 'shapes', 'clip', out=str(tmp_path/'out'), heldout=12, S_eval=1, steps=20, n=2,
+    rep = command.train('rlhf', 'shapes', 'clip', out=str(tmp_path/'out'), heldout=12, S_eval=1, steps=20,
+                        n=2,
                         S=2, batch=2, rank=2, lr=.03)
     seen = strict((tmp_path/'out/report.json').read_text())['alarms']
     assert seen == rep['alarms'] and seen['rang'][0] == 'pictures are darker'
@@ -385,13 +389,16 @@ def test_readme_commands(tmp_path, monkeypatch, capsys):
 def test_each_command(trained, tmp_path, monkeypatch, capsys):
     "export, push, score, plan, methods, rewards and serve-reward, from the command line to what they print"
     run, pics = trained[0], tmp_path/'pics'
-    assert call(monkeypatch, 'sample', '--lora', run, '--out', pics, '--n', 2, '--S', 1) == 0   # model: the run's own
+    # model: the run's own
+    assert call(monkeypatch, 'sample', '--lora', run, '--out', pics, '--n', 2, '--S', 1) == 0
     lines = [('export', run, '--out', tmp_path/'x.safetensors'),
              ('export', run, '--layout', 'diffusers', '--out', tmp_path),
-             ('push', run, 'me/sharp', '--dry-run'), ('plan', '--model', 'shapes', '--method', 'rlhf', '--json'),
+             ('push', run, 'me/sharp', '--dry-run'),
+             ('plan', '--model', 'shapes', '--method', 'rlhf', '--json'),
              ('score', '--images', pics, '--prompts', pics/'prompts.jsonl', '--reward', 'clip@shapes',
               '--out', tmp_path/'s'),
-             ('methods',), ('rewards',), ('evaluate', '--lora', run, '--reward', 'clip@shapes', '--n', 2, '--S', 1)]
+             ('methods',), ('rewards',), ('evaluate', '--lora', run, '--reward', 'clip@shapes', '--n', 2,
+                                          '--S', 1)]
     for argv in lines:
         capsys.readouterr()
         assert call(monkeypatch, *argv) == 0, argv
@@ -464,7 +471,8 @@ def test_closed_pipe_is_no_error():
     code = 'from diffusion_sharpening.commands.cli import main; main()'
     read, write = os.pipe()
     os.close(read)
-    res = subprocess.run([sys.executable, '-c', code, 'methods'], stdout=write, stderr=subprocess.PIPE, text=True)
+    res = subprocess.run([sys.executable, '-c', code, 'methods'], stdout=write, stderr=subprocess.PIPE,
+                         text=True)
     os.close(write)
     assert res.returncode == 128 + signal.SIGPIPE and res.stderr == ''
 
@@ -544,20 +552,23 @@ def test_own_prompts_are_split(xl, tmp_path, capsys):
         rep = command.train('rlhf', out=str(tmp_path/'a'), heldout=3, **common)
         other = command.train('rlhf', out=str(tmp_path/'b'), heldout_prompts=str(tmp_path/'other'), **common)
     finally: command.fit = fit
-    assert len(seen[0]) == 7 and rep['heldout_prompts'] == 3 and '3 held out, 7 to train on' in rep['heldout_from']
+    assert (len(seen[0]) == 7 and rep['heldout_prompts'] == 3
+            and '3 held out, 7 to train on' in rep['heldout_from'])
     assert len(seen[1]) == 10 and other['heldout_prompts'] == 2 and 'other' in other['heldout_from']
 
 
 def test_an_exam_belongs_to_its_model(xl, tmp_path, monkeypatch, capsys):
     "Captions of Shapes with another model: no exam; a judge that cannot judge is refused before work"
-    assert cli.run(['evaluate', '--model', xl, '--reward', 'clip@shapes', '--n', '2', '--S', '1', '--json']) == 0
+    assert cli.run(['evaluate', '--model', xl, '--reward', 'clip@shapes', '--n', '2', '--S', '1',
+                    '--json']) == 0
     assert list(strict(capsys.readouterr().out)['judges']) == ['clip']
     refused(monkeypatch, capsys, tmp_path/'out', 'checker', 'train', 'rlhf', '--model', xl, '--px', 128,
             '--reward', 'checker!', '--heldout', 2, '--out', tmp_path/'out')
 
 
 def test_one_held_out_prompt_has_no_interval(xl, tmp_path, monkeypatch, capsys):
-    args = ['--model', xl, '--reward', 'checker!', '--heldout', 1, '--S-eval', 1, '--steps', 1, '--set', *small]
+    args = ['--model', xl, '--reward', 'checker!', '--heldout', 1, '--S-eval', 1, '--steps', 1, '--set',
+            *small]
     assert call(monkeypatch, 'train', 'rlhf', *args, '--out', tmp_path/'out') == 0
     out = capsys.readouterr().out
     assert 'None' not in out and f'are in {tmp_path}/out' in out

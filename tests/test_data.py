@@ -269,7 +269,8 @@ BAD_PAIRS = {
     'unknown suffix': (lambda d: write(d/'a.zip', b'x'), ["found '.zip'"]),
     'copy without table': (lambda d: d.mkdir() or f'journeydb:{d}', [f"expected {READY['journeydb'].file}"]),
     'copy without pictures': (
-        lambda d: write(d/READY['journeydb'].file, '{"img_path": "a.jpg", "prompt": "a"}') and f'journeydb:{d}',
+        lambda d: write(d/READY['journeydb'].file, '{"img_path": "a.jpg", "prompt": "a"}')
+        and f'journeydb:{d}',
         ['expected its pictures', 'found none']),
     'no copy': (lambda d: 'pokemon:nowhere', ['expected a copy of pokemon, found no nowhere'])}
 
@@ -391,7 +392,8 @@ def test_latents_are_kept(xl, tmp_path):
     assert all(torch.equal(all_of[i], o[i]) for o in (half, again) for i in range(5))
     write(tmp_path/'s/0.png', BYTES[1]); assert torch.equal(Latents(ps, d, tmp_path/'c')[0], all_of[1])
     with torch.no_grad(): d.pipe.vae.quant_conv.bias += 1
-    other = Latents(ps, d, tmp_path/'c'); assert not torch.equal(other[1], all_of[1]) and other.folder != again.folder
+    other = Latents(ps, d, tmp_path/'c')
+    assert not torch.equal(other[1], all_of[1]) and other.folder != again.folder
 
 
 def test_nan_latents_are_an_error(xl, tmp_path):
@@ -413,7 +415,8 @@ def test_sft_learns_from_any_pairs(xl, tmp_path, name, preset):
     made = []
     for folder in (None, 'c', 'c'):
         d = load(xl); ps = image_pairs(str(texts_beside(tmp_path/'s')), 64)
-        run, method = settings(name, preset, steps=2, batch=2, rank=2, **({} if preset == 'plain' else dict(n=2, m=2, S=3)))
+        run, method = settings(name, preset, steps=2, batch=2, rank=2,
+                               **({} if preset == 'plain' else dict(n=2, m=2, S=3)))
         source = StoredPictures(d, Latents(ps, d, folder and tmp_path/folder), run.batch, run.seed)
         train(d, method, Bright(), source, run)
         made.append({k: v.detach().clone() for k, v in d.policies.named['policy'].items()})
@@ -426,9 +429,11 @@ def test_sizes_and_withheld_captions(xl, tmp_path):
     assert len({ps.shape(j) for j in i}) == 1 and sizes.tolist() == [list(map(float, ps[j][2])) for j in i]
     told = conditioning(d, ['a', 'thing', 'a'], sizes, torch.tensor([True, False, False]))
     plain = d.encode(['a', 'thing', 'a'])
-    assert told['text'][0].abs().max() == told['pooled'][0].abs().max() == 0               # SDXL's unconditional
+    # SDXL's unconditional
+    assert told['text'][0].abs().max() == told['pooled'][0].abs().max() == 0
     assert torch.equal(told['text'][1:], plain['text'][1:]) and torch.equal(told['size'], sizes)
-    assert torch.equal(plain['size'][0], torch.tensor([64., 64, 0, 0, 64, 64]))             # nothing was changed in place
+    # nothing was changed in place
+    assert torch.equal(plain['size'][0], torch.tensor([64., 64, 0, 0, 64, 64]))
     x0, eps = d.predict(x, torch.tensor(300), told)
     assert x0.shape == x.shape and not torch.equal(x0, d.predict(x, torch.tensor(300), plain)[0])
     guided = d.with_guidance(4.).predict(x, torch.tensor(300), told)[0]

@@ -1,6 +1,7 @@
 """Losses of the first 20 updates of every method on the embedded model, held to a file.
 
-`python tests/test_golden.py` writes the file anew: after a change of the weights or of a method, and only then."""
+`python tests/test_golden.py` writes the file anew: only after a change of the weights or of
+a method."""
 import json
 from pathlib import Path
 import pytest

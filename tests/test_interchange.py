@@ -46,7 +46,8 @@ def picture(folder, lora=None):
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     if lora: pipe.load_lora_weights(str(lora))
-    return pipe('a red circle', num_inference_steps=2, guidance_scale=1., height=64, width=64, output_type='pt',
+    return pipe('a red circle', num_inference_steps=2, guidance_scale=1., height=64, width=64,
+                output_type='pt',
                 generator=torch.Generator().manual_seed(0)).images
 
 
@@ -56,8 +57,10 @@ def same(a, b):
 
 
 def report(run, model, **more):
-    rep = dict(method='rlhf', preset='default', model=str(model), reward='clip', seed=0, steps=3, seconds=2., batches=3,
-               heldout_prompts=0, settings=dict(run=dict(rank=2), method=dict(n=2)), versions=dict(torch='2'), device='cpu')
+    rep = dict(method='rlhf', preset='default', model=str(model), reward='clip', seed=0, steps=3, seconds=2.,
+               batches=3,
+               heldout_prompts=0, settings=dict(run=dict(rank=2), method=dict(n=2)), versions=dict(torch='2'),
+               device='cpu')
     (run/'report.json').write_text(json.dumps(rep | more))
     return rep | more
 
@@ -86,7 +89,8 @@ def test_embedded_model_in_both_layouts(tmp_path):
     for name, weights in dict(one=lora, two=file).items():
         pipe.load_lora_weights(str(weights), adapter_name=name)
         pipe.set_adapters(name)
-        made.append(pipe('a red circle', num_inference_steps=2, output_type='pt', generator=torch.Generator().manual_seed(0)).images)
+        made.append(pipe('a red circle', num_inference_steps=2, output_type='pt',
+                         generator=torch.Generator().manual_seed(0)).images)
     assert torch.equal(*made)
     again = from_kohya(file, tmp_path/'back', 'shapes')
     d = Denoiser.from_pretrained(model, device='cpu', guidance=1.).load_lora(again.parent)
@@ -106,22 +110,28 @@ def test_every_layer_of_the_real_models_has_a_name_of_its_own(model, layers):
 def test_diffusers_reads_every_name_of_sdxl():
     "The names of all layers of the real SDXL, through diffusers' own conversion"
     layers = sorted(v for v in set(interchange._layers('sdxl').values())
-                    if v.endswith((*ATTENTION, 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2', 'time_emb_proj')))
-    w = {f'{kohya_name(v, True)}.lora_{s}.weight': torch.full((1, 1), float(i)) for i, v in enumerate(layers) for s in ('down', 'up')}
+                    if v.endswith((*ATTENTION, 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2',
+                                   'time_emb_proj')))
+    w = {f'{kohya_name(v, True)}.lora_{s}.weight': torch.full((1, 1), float(i))
+         for i, v in enumerate(layers) for s in ('down', 'up')}
     config = type('Config', (), dict(layers_per_block=2))
     out, _ = diffusers.StableDiffusionXLPipeline.lora_state_dict(w, unet_config=config)
-    clean = lambda k: (k.removeprefix('unet.').replace('.processor', '').replace('_lora.down.weight', '').replace('.lora.down.weight', '')
-                       .replace('to_out', 'to_out.0'))
+    def clean(k):
+        for part in ('.processor', '_lora.down.weight', '.lora.down.weight'): k = k.replace(part, '')
+        return k.removeprefix('unet.').replace('to_out', 'to_out.0')
     got = {clean(k): int(v.item()) for k, v in out.items() if '.down.weight' in k}
     assert len(layers) == 739 and got == {v: i for i, v in enumerate(layers)}
 
 
 @pytest.mark.parametrize('layer, name', [
-    ('down_blocks.1.attentions.1.transformer_blocks.0.ff.net.0.proj', 'input_blocks_5_1_transformer_blocks_0_ff_net_0_proj'),
+    ('down_blocks.1.attentions.1.transformer_blocks.0.ff.net.0.proj',
+     'input_blocks_5_1_transformer_blocks_0_ff_net_0_proj'),
     ('down_blocks.2.attentions.0.proj_in', 'input_blocks_7_1_proj_in'),
     ('down_blocks.0.resnets.1.time_emb_proj', 'input_blocks_2_0_emb_layers_1'),
-    ('mid_block.attentions.0.transformer_blocks.9.attn2.to_out.0', 'middle_block_1_transformer_blocks_9_attn2_to_out_0'),
-    ('up_blocks.0.attentions.2.transformer_blocks.4.attn1.to_v', 'output_blocks_2_1_transformer_blocks_4_attn1_to_v'),
+    ('mid_block.attentions.0.transformer_blocks.9.attn2.to_out.0',
+     'middle_block_1_transformer_blocks_9_attn2_to_out_0'),
+    ('up_blocks.0.attentions.2.transformer_blocks.4.attn1.to_v',
+     'output_blocks_2_1_transformer_blocks_4_attn1_to_v'),
     ('up_blocks.2.resnets.0.time_emb_proj', 'output_blocks_6_0_emb_layers_1')])
 def test_names_of_sdxl(layer, name): assert kohya_name(layer, xl=True) == f'lora_unet_{name}'
 
@@ -153,7 +163,8 @@ def test_files_of_others(folders, tmp_path):
 
 
 @pytest.mark.parametrize('kind, message', dict(
-    text='does not have', lonely='lora_down and lora_up', empty='not a complete', other='does not have').items())
+    text='does not have', lonely='lora_down and lora_up', empty='not a complete',
+    other='does not have').items())
 def test_bad_files(folders, tmp_path, kind, message):
     file = to_kohya(tuned(folders/'sd', tmp_path/'run'), tmp_path/'a.safetensors', str(folders/'sd'))
     w = load_file(file)
@@ -162,7 +173,8 @@ def test_bad_files(folders, tmp_path, kind, message):
     if kind == 'lonely': del w[k]
     if kind == 'empty': file.write_bytes(b'')
     else: save_file(w, file)
-    with pytest.raises(ValueError, match=message) as e: from_kohya(file, tmp_path/'out', str(folders/('xl' if kind == 'other' else 'sd')))
+    with pytest.raises(ValueError, match=message) as e:
+        from_kohya(file, tmp_path/'out', str(folders/('xl' if kind == 'other' else 'sd')))
     assert '\n' not in str(e.value) and not (tmp_path/'out').exists()
 
 
@@ -206,7 +218,8 @@ def test_export(run, tmp_path):
     assert export(run) == run/'lora_kohya.safetensors' and export(run, 'diffusers') == run/lora_file
     assert export(run, 'kohya', tmp_path/'x/name.safetensors').name == 'name.safetensors'
     assert same(run, export(run, 'diffusers', tmp_path/'y').parent)
-    assert sorted(p.name for p in run.iterdir()) == ['before_after.png', 'lora_kohya.safetensors', lora_file, 'report.json']
+    assert sorted(p.name for p in run.iterdir()) == ['before_after.png', 'lora_kohya.safetensors', lora_file,
+                                                     'report.json']
 
 
 def test_export_of_what_is_no_lora(run, tmp_path):
@@ -222,8 +235,10 @@ def test_card_tells_what_was_measured(run):
     iv = lambda x: dict(mean=x, low=x-.01, high=x+.01, over='9 prompts')
     side = lambda x: dict(judges=dict(clip=dict(overall=iv(x)), checker=dict(overall=iv(2*x))))
     rep = json.loads((run/'report.json').read_text())
-    card = model_card(rep | dict(model='owner/base', before=side(.2), after=side(.3), delta=side(.1), heldout_prompts=9), 'me/x')
-    assert '| checker, overall | 0.400 | 0.600 | +0.200 [+0.190, +0.210] over 9 prompts |' in card and '9 held-out prompts' in card
+    card = model_card(rep | dict(model='owner/base', before=side(.2), after=side(.3), delta=side(.1),
+                                 heldout_prompts=9), 'me/x')
+    assert ('| checker, overall | 0.400 | 0.600 | +0.200 [+0.190, +0.210] over 9 prompts |' in card
+            and '9 held-out prompts' in card)
     front = card.split('---')[1]
     assert 'base_model: owner/base' in front and '- lora' in front
     assert 'base_model' not in model_card(rep) and '- lora' not in model_card(rep, full=True)
@@ -239,7 +254,8 @@ def test_card_without_intervals(run):
 
 def test_dry_run(run, folders):
     out = push(run, 'me/sharp', dry_run=True)
-    assert set(out['files']) == {'README.md', 'report.json', 'before_after.png', lora_file, 'lora_kohya.safetensors'}
+    assert set(out['files']) == {'README.md', 'report.json', 'before_after.png', lora_file,
+                                 'lora_kohya.safetensors'}
     assert out['url'] is None and all(out['files'].values()) and out['card'].startswith('---\n')
     assert str(folders) not in out['card']
 
@@ -251,7 +267,8 @@ class Hub:
         if self.refuse: raise PermissionError('401\nlog in first')
         self.calls.append((repo, kw))
     def upload_folder(self, repo_id, folder_path, commit_message):
-        self.files = {p.relative_to(folder_path).as_posix(): p.read_bytes() for p in Path(folder_path).rglob('*') if p.is_file()}
+        self.files = {p.relative_to(folder_path).as_posix(): p.read_bytes()
+                      for p in Path(folder_path).rglob('*') if p.is_file()}
         return f'https://huggingface.co/{repo_id}'
 
 
@@ -260,9 +277,11 @@ def test_push(run, folders, monkeypatch):
     hub = Hub()
     monkeypatch.setattr(huggingface_hub, 'HfApi', lambda: hub)
     out = push(run, 'me/sharp')
-    assert out['url'] == 'https://huggingface.co/me/sharp' and hub.calls == [('me/sharp', dict(private=True, exist_ok=True))]
+    assert (out['url'] == 'https://huggingface.co/me/sharp'
+            and hub.calls == [('me/sharp', dict(private=True, exist_ok=True))])
     assert {k: len(v) for k, v in hub.files.items()} == out['files']
-    assert not [k for k, v in hub.files.items() if str(folders).encode() in v]                 # no path of this machine
+    # no path of this machine
+    assert not [k for k, v in hub.files.items() if str(folders).encode() in v]
     monkeypatch.setattr(huggingface_hub, 'HfApi', lambda: Hub(refuse=True))
     with pytest.raises(ValueError, match='^push: the Hub says PermissionError: 401$'): push(run, 'me/sharp')
 
@@ -278,7 +297,8 @@ def test_full_fine_tunes_go_up_as_pipelines(folders, tmp_path):
     d.save_pipeline(tmp_path/'run/model')
     report(tmp_path/'run', folders/'sd')
     out = push(tmp_path/'run', 'me/full', dry_run=True)
-    assert {'model_index.json', 'unet/config.json', 'README.md'} <= set(out['files']) and lora_file not in out['files']
+    assert ({'model_index.json', 'unet/config.json', 'README.md'} <= set(out['files'])
+            and lora_file not in out['files'])
     assert "from_pretrained('me/full')" in out['card']
 
 
@@ -290,14 +310,17 @@ def test_overflow_is_found(folders):
     d.pipe.vae.decoder.conv_in.weight.data *= 1e6
     check_decode(d)
     d.pipe.vae.half()
-    with pytest.raises(ValueError, match='2 of 2 pictures .*float16, which overflows.* are NaN; .*fp16-fix'): check_decode(d)
+    with pytest.raises(ValueError, match='2 of 2 pictures .*float16, which overflows.* are NaN; .*fp16-fix'):
+        check_decode(d)
     d.score_vae, d.pipe.vae = d.pipe.vae, Denoiser.from_pretrained(folders/'xl', device='cpu').pipe.vae
-    with pytest.raises(ValueError, match='fp16-fix'): check_decode(d)                          # the scoring one too
+    # the scoring one too
+    with pytest.raises(ValueError, match='fp16-fix'): check_decode(d)
 
 
 @pytest.mark.parametrize('images, message', [
     (torch.rand(3, 3, 8, 8), None), (torch.rand(2, 2, 3, 8, 8), None), (torch.zeros(2, 3, 8, 8), 'blank'),
-    (torch.full((2, 3, 8, 8), torch.nan), 'NaN'), (torch.cat([torch.rand(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)]), None)])
+    (torch.full((2, 3, 8, 8), torch.nan), 'NaN'),
+    (torch.cat([torch.rand(1, 3, 8, 8), torch.zeros(1, 3, 8, 8)]), None)])
 def test_decode_problem(images, message):
     found = decode_problem(images)
     assert found is None if message is None else message in found

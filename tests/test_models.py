@@ -34,7 +34,8 @@ def models(tmp_path_factory):
     return tmp
 
 
-def load(models, layout='xl', **kwargs): return Denoiser.from_pretrained(models/layout, device='cpu', **kwargs)
+def load(models, layout='xl', **kwargs):
+    return Denoiser.from_pretrained(models/layout, device='cpu', **kwargs)
 
 
 def jolt(d, name='policy', scale=.1):
@@ -55,7 +56,8 @@ def stock(d, start, S=6, guidance=4., lora=None):
     pipe = diffusers.DiffusionPipeline.from_pretrained(d.pipe.config._name_or_path)
     pipe.set_progress_bar_config(disable=True)
     if lora: pipe.load_lora_weights(lora)
-    return pipe(PROMPTS, latents=start.clone(), num_inference_steps=S, guidance_scale=guidance, height=64, width=64,
+    return pipe(PROMPTS, latents=start.clone(), num_inference_steps=S, guidance_scale=guidance, height=64,
+                width=64,
                 output_type='pt').images
 
 
@@ -102,7 +104,8 @@ def test_a_model_that_breaks_the_contract_is_found(message, predict):
 @pytest.mark.parametrize('guidance', [1., 4.])
 def test_sample_equals_pipeline(models, layout, guidance):
     d, seeds = load(models, layout, guidance=guidance), torch.tensor([3, 4])
-    torch.testing.assert_close(d.sample(PROMPTS, seeds, S=6), stock(d, noise(seeds, START, d.item), 6, guidance),
+    torch.testing.assert_close(d.sample(PROMPTS, seeds, S=6),
+                               stock(d, noise(seeds, START, d.item), 6, guidance),
                                atol=1e-4, rtol=0)
 
 
@@ -149,10 +152,11 @@ def test_prompt_features_do_not_depend_on_company(models):
 
 
 def test_prompt_features_are_bounded(models):
-    "What was not used for longest goes; results are those of an unbounded cache; without text encoders nothing goes"
+    "What was not used for longest goes; results equal those of an unbounded cache"
     d, free = load(models), load(models)
     words = [f'{a} {b}' for a in ('red', 'blue', 'a', 'the') for b in ('circle', 'square')]
-    one = free.encode(words[0]); size = sum(v[0].numel()*v.element_size() for k, v in one.items() if k != 'size')
+    one = free.encode(words[0])
+    size = sum(v[0].numel()*v.element_size() for k, v in one.items() if k != 'size')
     d.cache.most = 3*size
     for _ in range(2):
         for w in words: assert torch.equal(d.encode([w])['text'], free.encode([w])['text'])
@@ -161,7 +165,8 @@ def test_prompt_features_are_bounded(models):
     assert list(d.cache) == [words[7], words[5], words[0]]
     assert torch.equal(d.encode(words)['text'], free.encode(words)['text']) and len(d.cache) == 3
     d.cache.most = 9*size; d.encode(words); d.free_text_encoders()
-    assert d.cache.most == float('inf') and all(torch.equal(d.encode([w])['text'], free.encode([w])['text']) for w in words)
+    assert (d.cache.most == float('inf')
+            and all(torch.equal(d.encode([w])['text'], free.encode([w])['text']) for w in words))
 
 
 def test_rollout_overhead_is_small(models):
@@ -388,7 +393,8 @@ def _break(kind, file, out):
 
 
 @pytest.mark.parametrize('kind, message', dict(
-    truncated='not a complete safetensors file', empty='not a complete safetensors file', text='not a complete',
+    truncated='not a complete safetensors file', empty='not a complete safetensors file',
+    text='not a complete',
     foreign='diffusers format', lonely='no partner', layer='does not exist', shape='made for another model',
     rank='has rank 1 on one side, 2 on the other', nan='not finite').items())
 def test_bad_lora_files(models, tmp_path, kind, message):
@@ -401,7 +407,8 @@ def test_bad_lora_files(models, tmp_path, kind, message):
 
 
 def test_missing_and_misfit_lora(models, tmp_path):
-    with pytest.raises(ValueError, match=f'folder with {lora_file}'): load(models).load_lora(tmp_path/'nowhere')
+    with pytest.raises(ValueError, match=f'folder with {lora_file}'):
+        load(models).load_lora(tmp_path/'nowhere')
     with pytest.raises(ValueError, match=f'folder with {lora_file}'): load(models).load_lora(tmp_path)
     jolt(load(models, 'sd').add_lora(rank=2)).save_lora(tmp_path)
     with pytest.raises(ValueError, match='made for another model'): load(models).load_lora(tmp_path)
@@ -420,17 +427,20 @@ def _without(models, tmp_path, part):
     return tmp_path/'cut'
 
 
-@pytest.mark.parametrize('part', ['unet', 'unet/diffusion_pytorch_model.safetensors', 'vae/config.json', 'tokenizer',
+@pytest.mark.parametrize('part', ['unet', 'unet/diffusion_pytorch_model.safetensors', 'vae/config.json',
+                                  'tokenizer',
                                   'model_index.json'])
 def test_broken_folders(models, tmp_path, part):
-    with pytest.raises(ValueError, match='^model: ') as e: Denoiser.from_pretrained(_without(models, tmp_path, part))
+    with pytest.raises(ValueError, match='^model: ') as e:
+        Denoiser.from_pretrained(_without(models, tmp_path, part))
     assert '\n' not in str(e.value)
 
 
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     for name in (tmp_path/'nothing', 'a/b/c', 'word'):
-        with pytest.raises(ValueError, match='expected a folder or a Hub name'): Denoiser.from_pretrained(name)
+        with pytest.raises(ValueError, match='expected a folder or a Hub name'):
+            Denoiser.from_pretrained(name)
     with pytest.raises(ValueError, match='hf download'):
         Denoiser.from_pretrained('no-such-owner-xyz/no-such-model-xyz')
 
@@ -438,7 +448,8 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
 def test_unknown_pipeline(models):
     pipe = copy.copy(load(models).pipe)
     pipe.__class__ = type('StableCascadePipeline', (type(pipe),), {})
-    with pytest.raises(ValueError, match=r'SDXL \(StableDiffusionXLPipeline\), SD 1.x/2.x .*found StableCascade'):
+    with pytest.raises(ValueError,
+                       match=r'SDXL \(StableDiffusionXLPipeline\), SD 1.x/2.x .*found StableCascade'):
         Denoiser(pipe)
 
 

@@ -84,7 +84,8 @@ def test_metadata(tmp_path):
     text, points = (info/'PKG-INFO').read_text(encoding='utf-8'), (info/'entry_points.txt').read_text()
     assert f"Version: {cfg['version']}" in text and f"Requires-Python: >={cfg['min_python']}" in text
     assert 'Requires-Dist: torch' in text and 'Provides-Extra: dev' in text
-    assert 'sharpen = diffusion_sharpening.commands.cli:main' in points and 'diffusion_sharpening._modidx:d' in points
+    assert ('sharpen = diffusion_sharpening.commands.cli:main' in points
+            and 'diffusion_sharpening._modidx:d' in points)
     sources = (info/'SOURCES.txt').read_text().split()
     assert {'settings.ini', f"{cfg['lib_name']}/__init__.py"} <= set(sources)
 

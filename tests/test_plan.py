@@ -53,7 +53,7 @@ def small_for(name, preset, **more):
 
 
 def metered(d):
-    "Counts every evaluation of the network, with gradient and without, and every decode, wherever it is asked for"
+    "Counts every evaluation of the network, with gradient and without, and every decode"
     seen, forward, decode = Counter(), d.policies.forward, d.autoencoder.decode
     def network(x, *args, **kw):
         seen['lesson' if torch.is_grad_enabled() else 'plain'] += len(x)
@@ -94,7 +94,8 @@ def test_evaluations_are_those_of_a_training(folders, name, preset):
 
 
 @pytest.mark.parametrize('layout', ['xl', 'sd'])
-@pytest.mark.parametrize('name, preset', [('sft', 'paper'), ('rlhf', 'contrast'), ('rlhf', 'paper'), ('sft', 'sample')])
+@pytest.mark.parametrize('name, preset', [('sft', 'paper'), ('rlhf', 'contrast'), ('rlhf', 'paper'),
+                                          ('sft', 'sample')])
 def test_flops_are_those_of_a_training(folders, layout, name, preset):
     "LoRA of rollouts and lessons is in them, and not in those of the reference"
     changes = small_for(name, preset, layers='linear', rank=8, guidance=1., early=0., late=.5)
@@ -142,7 +143,8 @@ def test_advice():
     found = fitting('sdxl', 'rlhf', 'paper', '4090', px=512)
     assert found['precision'] == 'bfloat16'
     assert values(plan('sdxl', 'rlhf', 'paper', px=512, device='4090', **found))['fits']
-    assert f"batch={found['batch']}" in advice('sdxl', 'rlhf', 'paper', '4090', px=512) if 'batch' in found else True
+    assert f"batch={found['batch']}" in advice('sdxl', 'rlhf', 'paper', '4090',
+                                               px=512) if 'batch' in found else True
     assert advice('sdxl', 'rlhf', 'paper', 'h200', px=512, precision='bfloat16', batch=1) == ''
 
 
@@ -154,16 +156,18 @@ def test_every_device_has_a_plan(name):
 
 def test_guidance_doubles_evaluations():
     one, two = [evaluations(*settings('rlhf', 'sde', guidance=g)) for g in (1., 4.)]
-    assert all(two[k] == 2*one[k] for k in ('rollout', 'reference', 'lesson')) and one['decode'] == two['decode']
+    assert (all(two[k] == 2*one[k] for k in ('rollout', 'reference', 'lesson'))
+            and one['decode'] == two['decode'])
 
 
 def test_flops_are_quadratic_in_the_number_of_latents():
-    "Convolutions and layers are linear in it, attention quadratic, text constant: three sizes give every other"
+    "Convolutions and layers are linear in it, attention quadratic, text constant: three sizes give all"
     L = lambda px: (px/8)**2
     F = {px: unet_cost('shapes', px, dtype='float32')[0].tflop for px in (64, 128, 192, 320)}
     A = torch.tensor([[1, L(px), L(px)**2] for px in (64, 128, 192)], dtype=torch.float64)
     c = torch.linalg.solve(A, torch.tensor([F[64], F[128], F[192]], dtype=torch.float64))
-    assert float(c @ torch.tensor([1, L(320), L(320)**2], dtype=torch.float64)) == pytest.approx(F[320], rel=1e-6)
+    assert float(c @ torch.tensor([1, L(320), L(320)**2],
+                                  dtype=torch.float64)) == pytest.approx(F[320], rel=1e-6)
 
 
 # Published counts (2 operations per multiply-add)
@@ -191,7 +195,8 @@ def test_sdxl_forward(px, F, V, E):
 @pytest.mark.slow
 @pytest.mark.parametrize('px, rank, checkpointing, total', [
     (512, 0, False, 4.714), (512, 0, True, 5.915), (512, 16, False, 3.166), (512, 16, True, 4.352),
-    (1024, 0, False, 20.1), (1024, 16, False, 14.19)])           # the last: PyTorch's own count with attention as matrices
+    # the last: PyTorch's own count with attention as matrices
+    (1024, 0, False, 20.1), (1024, 16, False, 14.19)])
 def test_sdxl_backward(px, rank, checkpointing, total):
     c, _, learn = unet_cost('sdxl', px, rank, 'attention', checkpointing)
     assert c.total == pytest.approx(total, rel=.02)
@@ -201,7 +206,8 @@ def test_sdxl_backward(px, rank, checkpointing, total):
 @pytest.mark.slow
 def test_checkpointing_trades_memory_for_work():
     kept, again = unet_cost('sdxl', 512, 16, 'attention'), unet_cost('sdxl', 512, 16, 'attention', True)
-    assert again[0].held < .1*kept[0].held and again[0].peak < .6*kept[0].peak and again[0].total > 1.2*kept[0].total
+    assert (again[0].held < .1*kept[0].held and again[0].peak < .6*kept[0].peak
+            and again[0].total > 1.2*kept[0].total)
 
 
 @pytest.mark.slow
@@ -232,7 +238,8 @@ def test_the_plan_of_a_loaded_model(folders):
     for k in 'V tflop memory_weights memory_learning memory_graph'.split():
         assert now[k] == pytest.approx(then[k], rel=.15)
     shared = values(plan_rows('', run, method, units, sizes, device_here(d), world=2))
-    assert shared['images_per_second'] == pytest.approx(2*now['images_per_second']) and shared['memory_graph'] == pytest.approx(now['memory_graph']/2)
+    assert (shared['images_per_second'] == pytest.approx(2*now['images_per_second'])
+            and shared['memory_graph'] == pytest.approx(now['memory_graph']/2))
     resumed = values(plan_rows('', run, method, units, sizes, device_here(d), seconds=2.))
     assert resumed['images_per_second'] == run.batch*method.n/2
 
@@ -247,7 +254,8 @@ def test_measured_time_gives_utilisation():
 
 def test_memory_grows_with_what_learns():
     lora, full, many = [values(plan('shapes', 'rlhf', **kw)) for kw in (dict(), dict(rank=0), dict(batch=80))]
-    assert full['memory_learning'] > 4*lora['memory_learning'] and many['memory_graph'] == pytest.approx(10*lora['memory_graph'])
+    assert (full['memory_learning'] > 4*lora['memory_learning']
+            and many['memory_graph'] == pytest.approx(10*lora['memory_graph']))
     assert lora['fits'] and lora['memory'] < 4 and full['learning'] == pytest.approx(full['parameters'])
 
 
@@ -269,7 +277,8 @@ def test_names_and_folders(folders):
 @pytest.mark.parametrize('kw, message', [
     (dict(model='sdxl-turbo'), 'expected sdxl, sd15, shapes'), (dict(device='h20'), "Did you mean 'h200'"),
     (dict(px=100), 'multiple of 8'), (dict(px=-8), 'multiple of 8'), (dict(method='ppo'), 'method'),
-    (dict(n=0), 'at least 2'), (dict(seconds=0.), 'positive'), (dict(precision='int8'), 'precision'), (dict(colour=1), 'setting of rlhf')])
+    (dict(n=0), 'at least 2'), (dict(seconds=0.), 'positive'), (dict(precision='int8'), 'precision'),
+    (dict(colour=1), 'setting of rlhf')])
 def test_wrong_requests(kw, message):
     with pytest.raises(ValueError, match=message) as e: plan(**dict(model='shapes', method='rlhf') | kw)
     assert '\n' not in str(e.value)

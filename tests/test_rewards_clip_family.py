@@ -1,4 +1,4 @@
-"CLIP score, aesthetic, HPS and PickScore: names, errors, shapes of towers, and (slow) the architectures at full size"
+"CLIP score, aesthetic, HPS and PickScore: names, errors, towers, and (slow) the architectures at full size"
 import gc, json, sys, time, warnings
 from pathlib import Path
 
@@ -45,7 +45,8 @@ def offline(monkeypatch):
 
 @pytest.mark.parametrize('make, what', [
     (lambda: CLIPScore(), r'clip: could not get timm/vit_large_patch14_clip_224.openai: .*hf download timm/'),
-    (lambda: HPS(), r'hps: could not get HPS_v2.1_compressed.pt of xswu/HPSv2: .*hf download xswu/HPSv2 HPS_v2'),
+    (lambda: HPS(),
+     r'hps: could not get HPS_v2.1_compressed.pt of xswu/HPSv2: .*hf download xswu/HPSv2 HPS_v2'),
     (lambda: PickScore(), r'pickscore: could not get .*: .*hf download .*'),
     (lambda: load_reward('clip@#scale=100'), r'clip: could not get timm/'),
     (lambda: load_reward('pickscore@/no/such/folder'), 'pickscore: no such file or folder: /no/such/folder'),
@@ -61,14 +62,16 @@ def test_errors_are_one_line_that_helps(offline, tmp_path, monkeypatch, make, wh
 
 def test_no_head_without_network(offline, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    with pytest.raises(ValueError, match='aesthetic: no download: OSError; .* curl -fL -o sac') as e: Aesthetic()
+    with pytest.raises(ValueError, match='aesthetic: no download: OSError; .* curl -fL -o sac') as e:
+        Aesthetic()
     assert '\n' not in str(e.value)
 
 
 def test_a_head_with_another_checksum_is_fetched_again(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     seen, head = [], tmp_path/'hub/checkpoints/sac+logos+ava1-l14-linearMSE.pth'
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, path, **k: seen.append((url, path, k['hash_prefix'])))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', lambda url, path,
+                        **k: seen.append((url, path, k['hash_prefix'])))
     head.parent.mkdir(parents=True); head.write_bytes(b'half')
     aesthetic.laion_head()
     assert seen == [(aesthetic.LAION, str(head), aesthetic.SHA256)]
@@ -116,12 +119,14 @@ def test_folders_equal_open_clip(tmp_path, extra):
     extra = dict(extra); timm = extra.pop('timm', None)
     vision = dict(image_size=64, patch_size=16, width=64, layers=2, head_width=32)
     if timm: vision = dict(timm_model_name=timm, timm_pool='avg', timm_proj='linear', image_size=224)
-    cfg = dict(embed_dim=32, vision_cfg=vision, text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2), **extra)
+    cfg = dict(embed_dim=32, vision_cfg=vision,
+               text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2), **extra)
     pre = dict(mean=[.5]*3, std=[.5]*3, interpolation='bicubic', resize_mode='squash')
     (tmp_path/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=cfg, preprocess_cfg=pre)))
     path = f'local-dir:{tmp_path}'
     made = open_clip.create_model(path)
-    save_file({k: v.contiguous() for k, v in made.state_dict().items()}, tmp_path/'open_clip_model.safetensors')
+    save_file({k: v.contiguous() for k, v in made.state_dict().items()},
+              tmp_path/'open_clip_model.safetensors')
     theirs, _, transform = open_clip.create_model_and_transforms(path)
     theirs.eval(); x = smooth(96, 144)
     with torch.no_grad(), warnings.catch_warnings():
@@ -142,7 +147,8 @@ def record(name, **found):
     "Keep what was measured"
     sys.path.insert(0, str(root/'nbs'/'_dev'))
     from results import write
-    write(f'rewards-{name}', dict(weights='random, of the published architecture') | found, ['open_clip_torch'])
+    write(f'rewards-{name}', dict(weights='random, of the published architecture') | found,
+          ['open_clip_torch'])
 
 
 def random_state(net, seed=0):
@@ -150,7 +156,8 @@ def random_state(net, seed=0):
     g, out = torch.Generator().manual_seed(seed), {}
     for k, v in net.state_dict().items():
         if not v.is_floating_point(): out[k] = torch.arange(v.numel()).reshape(v.shape)
-        elif v.ndim < 2: out[k] = torch.full(v.shape, 1. if k.endswith('weight') else 4.6 if 'logit' in k else 0.)
+        elif v.ndim < 2:
+            out[k] = torch.full(v.shape, 1. if k.endswith('weight') else 4.6 if 'logit' in k else 0.)
         else: out[k] = torch.empty(v.shape).normal_(0, .03, generator=g)
     return out
 
@@ -176,7 +183,8 @@ def test_full_size_aesthetic(tmp_path):
     arch = 'ViT-L-14-quickgelu'
     state = random_state(new_model(open_clip.get_model_config(arch))); torch.save(state, tmp_path/'l14.pt')
     torch.manual_seed(1); sizes = [768, 1024, 128, 64, 16, 1]
-    layers = torch.nn.ModuleDict({str(i): torch.nn.Linear(*sizes[j:j+2]) for j, i in enumerate((0, 2, 4, 6, 7))})
+    layers = torch.nn.ModuleDict({str(i): torch.nn.Linear(*sizes[j:j+2]) for j,
+                                  i in enumerate((0, 2, 4, 6, 7))})
     torch.save({f'layers.{k}': v for k, v in layers.state_dict().items()}, tmp_path/'head.pth')
     transform = open_clip.image_transform(224, False)
     net, tok, x = reference(arch, state), open_clip.get_tokenizer(arch), smooth(384, 512)
@@ -185,17 +193,20 @@ def test_full_size_aesthetic(tmp_path):
         for l in layers.values(): e = l(e)
         return e[0, 0], (v*net.encode_text(tok(PROMPTS[0]), normalize=True)).sum()
     slow, rows = seconds(lambda: [naive(o) for o in pil(x)])
-    exact = net.encode_image(preprocess(x, dict(size=224, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD)), normalize=True)
+    exact = net.encode_image(preprocess(x, dict(size=224, mean=open_clip.OPENAI_DATASET_MEAN,
+                                                std=open_clip.OPENAI_DATASET_STD)), normalize=True)
     for l in layers.values(): exact = l(exact)
     del net, state; gc.collect()
     load, ours = seconds(lambda: Aesthetic(tmp_path/'head.pth', f"{arch}/{tmp_path/'l14.pt'}"))
     score = CLIPScore(f"{arch}/{tmp_path/'l14.pt'}")
     fast, r = seconds(lambda: ours(x, ['']*2))
     a, c = (torch.stack([o[i] for o in rows]) for i in range(2))
-    diff, through, cos = ((p - q).abs().max().item() for p, q in ((r, exact[:, 0]), (r, a), (score(x, [PROMPTS[0]]*2), c)))
+    diff, through, cos = ((p - q).abs().max().item() for p,
+                          q in ((r, exact[:, 0]), (r, a), (score(x, [PROMPTS[0]]*2), c)))
     (tmp_path/'l14.pt').unlink()
     record('aesthetic', reference='open_clip tower and the uncollapsed five-layer head', max_abs_diff=diff,
-           max_abs_diff_through_pil=through, clip_score_max_abs_diff_through_pil=cos, spread_of_scores=r.std().item(),
+           max_abs_diff_through_pil=through, clip_score_max_abs_diff_through_pil=cos,
+           spread_of_scores=r.std().item(),
            cpu_seconds=dict(load=load, image_batch_of_2=fast/2, image_alone_through_pil_with_text=slow/2))
     assert score.tower is ours.tower and diff < 1e-5 and through < 1e-2 and cos < 1e-3
 
@@ -205,11 +216,13 @@ def test_full_size_aesthetic(tmp_path):
 def test_full_size_hps(tmp_path):
     "ViT-H/14 of open_clip, with the original's transform on tensors, one picture after the other"
     file = tmp_path/'HPS_v2.1_compressed.pt'
-    state = random_state(new_model(open_clip.get_model_config('ViT-H-14'))); torch.save(dict(epoch=0, state_dict=state), file)
+    state = random_state(new_model(open_clip.get_model_config('ViT-H-14')))
+    torch.save(dict(epoch=0, state_dict=state), file)
     net, tok, x = reference('ViT-H-14', state), open_clip.get_tokenizer('ViT-H-14'), smooth(384, 512)
     def naive(o, text):
         y = TF.resize(TF.to_tensor(o), [168, 224], TF.InterpolationMode.BICUBIC)
-        y = TF.normalize(TF.pad(y, [0, 28, 0, 28], 0), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+        y = TF.normalize(TF.pad(y, [0, 28, 0, 28], 0), open_clip.OPENAI_DATASET_MEAN,
+                         open_clip.OPENAI_DATASET_STD)
         return (net.encode_image(y[None], normalize=True)*net.encode_text(tok([text]), normalize=True)).sum()
     slow, theirs = seconds(lambda: torch.stack([naive(*o) for o in zip(pil(x), PROMPTS)]))
     del net, state; gc.collect()
@@ -217,8 +230,10 @@ def test_full_size_hps(tmp_path):
     fast, ours = seconds(lambda: hps(x, PROMPTS))
     diff = (ours - theirs).abs().max().item()
     file.unlink()
-    record('hps', reference='features of plain open_clip, pictures resized on tensors and padded as by the original',
-           max_abs_diff=diff, scores=ours.tolist(), parameters=sum(p.numel() for p in hps.tower.model.parameters()),
+    record('hps',
+           reference='features of plain open_clip, pictures resized on tensors and padded as by the original',
+           max_abs_diff=diff, scores=ours.tolist(),
+           parameters=sum(p.numel() for p in hps.tower.model.parameters()),
            cpu_seconds=dict(load=load, image_batch_of_2=fast/2, image_alone_through_pil=slow/2))
     assert diff < 1e-5
 
@@ -230,7 +245,8 @@ def write_bpe(folder):
     (folder/'vocab.json').write_text(json.dumps({marks.get(k, k): i for k, i in tok.encoder.items()}))
     (folder/'merges.txt').write_text('\n'.join(['#version: 0.2', *map(' '.join, tok.bpe_ranks)]))
     (folder/'tokenizer_config.json').write_text(json.dumps(dict(
-        tokenizer_class='CLIPTokenizer', model_max_length=77, unk_token='<|endoftext|>', pad_token='<|endoftext|>',
+        tokenizer_class='CLIPTokenizer', model_max_length=77, unk_token='<|endoftext|>',
+        pad_token='<|endoftext|>',
         bos_token='<|startoftext|>', eos_token='<|endoftext|>')))
 
 
@@ -246,9 +262,11 @@ def test_bpe_of_transformers_equals_open_clip(tmp_path):
 @torch.no_grad()
 def test_full_size_pickscore(tmp_path):
     "CLIP-H of transformers: its own forward pass and picture processor, against the reward"
-    text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, hidden_act='gelu', projection_dim=1024,
+    text = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                hidden_act='gelu', projection_dim=1024,
                 bos_token_id=49406, eos_token_id=49407, pad_token_id=49407)
-    vision = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, hidden_act='gelu', patch_size=14,
+    vision = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+                  hidden_act='gelu', patch_size=14,
                   image_size=224, projection_dim=1024)
     cfg = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
     with torch.device('meta'): net = transformers.CLIPModel(cfg)
@@ -257,16 +275,21 @@ def test_full_size_pickscore(tmp_path):
     some = net.visual_projection.weight.clone(); del net; gc.collect()
     load, pick = seconds(lambda: PickScore(tmp_path)); model = pick.tower.model
     assert model.visual_projection.weight.equal(some)
-    proc, tok, x = transformers.CLIPImageProcessor(), transformers.CLIPTokenizer.from_pretrained(tmp_path), smooth(384, 512)
+    proc, tok, x = (transformers.CLIPImageProcessor(), transformers.CLIPTokenizer.from_pretrained(tmp_path),
+                    smooth(384, 512))
     def naive(o, text):
         ids = tok([text], padding=True, truncation=True, max_length=77, return_tensors='pt')
-        out = model(input_ids=ids['input_ids'], attention_mask=ids['attention_mask'], **proc([o], return_tensors='pt'))
+        out = model(input_ids=ids['input_ids'], attention_mask=ids['attention_mask'],
+                    **proc([o], return_tensors='pt'))
         return out.logits_per_image[0, 0]
     slow, theirs = seconds(lambda: torch.stack([naive(*o) for o in zip(pil(x), PROMPTS)]))
     fast, ours = seconds(lambda: pick(x, PROMPTS))
     diff = (ours - theirs).abs().max().item()
     (tmp_path/'model.safetensors').unlink()
-    record('pickscore', reference="transformers' CLIPModel.forward with its own picture processor (eight bits after resizing)",
-           max_abs_diff_through_pil=diff, scale=pick.scale, scores=ours.tolist(), parameters=sum(p.numel() for p in model.parameters()),
+    record('pickscore',
+           reference="transformers' CLIPModel.forward with its own picture processor (eight bits after "
+           "resizing)",
+           max_abs_diff_through_pil=diff, scale=pick.scale, scores=ours.tolist(),
+           parameters=sum(p.numel() for p in model.parameters()),
            cpu_seconds=dict(load=load, image_batch_of_2=fast/2, image_alone_through_pil=slow/2))
     assert diff/pick.scale < 1e-3

@@ -1,4 +1,4 @@
-"Compositional rewards: errors, batches, equivalences; `-m slow` runs full sizes and writes data/results/rewards-*.json"
+"Compositional rewards: errors, batches, equivalences; `-m slow` writes data/results/rewards-*.json"
 import json, math, re, sys, time
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
@@ -104,7 +104,8 @@ def test_batches_of_any_split_agree(dirs):
     for r in (VQAScore(dirs['vqa']), VQAYesNo(dirs['vqa']), BlipVQA(dirs['blip'], how='rules', size=64)):
         whole = r(ims, texts); r.batch = 2
         assert torch.allclose(whole, r(ims, texts), atol=1e-5), r.name
-        assert torch.allclose(whole, torch.cat([r(ims[i:i+1], texts[i:i+1]) for i in range(5)]), atol=1e-5), r.name
+        assert torch.allclose(whole, torch.cat([r(ims[i:i+1], texts[i:i+1]) for i in range(5)]), atol=1e-5), (
+            r.name)
 
 
 def test_vqa_without_chat_template(dirs, tmp_path):
@@ -112,7 +113,8 @@ def test_vqa_without_chat_template(dirs, tmp_path):
     with pytest.raises(ValueError) as e: VQAScore(d)
     one_line(e, 'vqa:', 'template=')
     ours = VQAScore(d, template='USER: <image>\n{} ASSISTANT:')
-    assert torch.allclose(ours(noise(1, 32, 32), ['a cup']), VQAScore(dirs['vqa'])(noise(1, 32, 32), ['a cup']), atol=1e-6)
+    assert torch.allclose(ours(noise(1, 32, 32), ['a cup']),
+                          VQAScore(dirs['vqa'])(noise(1, 32, 32), ['a cup']), atol=1e-6)
 
 
 def test_prompts_past_the_limit(dirs):
@@ -176,7 +178,8 @@ def test_geometry_on_random_boxes():
     for scale in (60, 200, 512):
         for row in torch.rand(300, 8, generator=g)*scale:
             a, b = ((*r[:2].tolist(), *(r[:2] + r[2:]/2 + 1).tolist()) for r in (row[:4], row[4:]))
-            for rel in (*SIDES, *NEAR): assert position(rel, a, b) == pytest.approx(by_the_book(rel, a, b)), rel
+            for rel in (*SIDES, *NEAR):
+                assert position(rel, a, b) == pytest.approx(by_the_book(rel, a, b)), rel
 
 
 def test_spatial_score_cases():
@@ -189,7 +192,8 @@ def test_spatial_score_cases():
 
 
 def test_spatial_names_the_prompt_without_a_relation(dirs):
-    with pytest.raises(RewardError) as e: Spatial(dirs['owl'])(noise(2, 32, 32), ['a cup near a cat', 'two cats'])
+    with pytest.raises(RewardError) as e:
+        Spatial(dirs['owl'])(noise(2, 32, 32), ['a cup near a cat', 'two cats'])
     one_line(e, 'prompt 1', 'two cats')
 
 
@@ -200,7 +204,8 @@ def test_sets_round_trip(tmp_path):
         sets = make_sets(20, split, seed=4)
         assert read_sets(write_sets(tmp_path, sets, split), split) == sets
     assert sorted(p.name for p in tmp_path.iterdir() if 'complex' in p.name and 'val' in p.name) == [
-        'complex_val.txt', 'complex_val_action.txt', 'complex_val_spatial.txt', 'complex_val_spatialaction.txt']
+        'complex_val.txt', 'complex_val_action.txt', 'complex_val_spatial.txt',
+        'complex_val_spatialaction.txt']
 
 
 def test_val_and_train_never_meet():
@@ -232,7 +237,8 @@ def test_compbench_with_published_architectures(dirs):
     kind = next(k for k in KINDS if texts[i] in sets[f'complex_{k}'])
     want = dict(spatial=(A+S)/2, action=(A+.25)/2, spatialaction=(A+S+.25)/3)[kind]
     assert torch.allclose(scores[i:i+1], want, atol=1e-5)
-    assert not any('red ' in p for p in flat.seen)                             # adjectives dropped for the deed
+    # adjectives dropped for the deed
+    assert not any('red ' in p for p in flat.seen)
     assert len(shapes_sets(3)['complex']) == 3
 
 
@@ -249,7 +255,8 @@ def attend(q, k, v, heads, mask=None):
     return (a.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 def plain_vit(s, x, patch, heads):
-    x = F.conv2d(x, s['visual_encoder.patch_embed.proj.weight'], s['visual_encoder.patch_embed.proj.bias'], stride=patch)
+    x = F.conv2d(x, s['visual_encoder.patch_embed.proj.weight'], s['visual_encoder.patch_embed.proj.bias'],
+                 stride=patch)
     x = torch.cat([s['visual_encoder.cls_token'].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
     x = x + s['visual_encoder.pos_embed']
     for i in range(sum(k.endswith('attn.qkv.weight') for k in s)):
@@ -261,13 +268,16 @@ def plain_vit(s, x, patch, heads):
 
 def plain_bert(s, root, ids, mask, other, other_mask, heads):
     "Post-norm BERT with cross-attention; one token or all at once, so causal or not is the same here"
-    x = s[f'{root}.embeddings.word_embeddings.weight'][ids] + s[f'{root}.embeddings.position_embeddings.weight'][:ids.shape[1]]
+    x = (s[f'{root}.embeddings.word_embeddings.weight'][ids]
+         + s[f'{root}.embeddings.position_embeddings.weight'][:ids.shape[1]])
     x = norm(s, f'{root}.embeddings.LayerNorm', x, 1e-12)
-    for i in range(len({k for k in s if re.fullmatch(rf'{root}\.encoder\.layer\.\d+\.output\.dense\.weight', k)})):
+    for i in range(len({k for k in s if re.fullmatch(rf'{root}\.encoder\.layer\.\d+\.output\.dense\.weight',
+                                                     k)})):
         p = f'{root}.encoder.layer.{i}'
         for part, y, m in (('attention', None, mask), ('crossattention', other, other_mask)):
             y = x if y is None else y
-            q, k, v = (linear(s, f'{p}.{part}.self.{n}', z) for n, z in (('query', x), ('key', y), ('value', y)))
+            q, k, v = (linear(s, f'{p}.{part}.self.{n}', z) for n,
+                       z in (('query', x), ('key', y), ('value', y)))
             a = linear(s, f'{p}.{part}.output.dense', attend(q, k, v, heads, m))
             x = norm(s, f'{p}.{part}.output.LayerNorm', a + x, 1e-12)
         h = linear(s, f'{p}.output.dense', F.gelu(linear(s, f'{p}.intermediate.dense', x)))
@@ -278,7 +288,8 @@ def plain_blip(s, pixels, owner, ids, mask, heads, yes, no, enc, dec):
     seen = plain_vit(s, pixels, s['visual_encoder.patch_embed.proj.weight'].shape[-1], heads)[owner]
     ids = ids.clone(); ids[:, 0] = enc
     states = plain_bert(s, 'text_encoder', ids, mask.bool(), seen, None, heads)
-    x = plain_bert(s, 'text_decoder.bert', torch.full((len(ids), 1), dec), None, states, mask.bool(), heads)[:, 0]
+    x = plain_bert(s, 'text_decoder.bert', torch.full((len(ids), 1), dec), None, states, mask.bool(),
+                   heads)[:, 0]
     head = 'text_decoder.cls.predictions'
     x = norm(s, f'{head}.transform.LayerNorm', F.gelu(linear(s, f'{head}.transform.dense', x)), 1e-12)
     p = (x @ s[f'{head}.decoder.weight'].T + s[f'{head}.bias']).softmax(-1)
@@ -289,16 +300,22 @@ def original_state(width, layers, vocab, side, patch, inner, positions, seed=0):
     "Random tensors in the layout of the authors' file"
     g = torch.Generator().manual_seed(seed)
     s = {}
-    def lin(k, o, i): s[f'{k}.weight'], s[f'{k}.bias'] = torch.randn(o, i, generator=g)*1.2/i**.5, torch.randn(o, generator=g)*.05
-    def ln(k): s[f'{k}.weight'], s[f'{k}.bias'] = 1 + .1*torch.randn(width, generator=g), .1*torch.randn(width, generator=g)
+    def lin(k, o, i): s[f'{k}.weight'], s[f'{k}.bias'] = (torch.randn(o, i, generator=g)*1.2/i**.5,
+                                                          torch.randn(o, generator=g)*.05)
+    def ln(k): s[f'{k}.weight'], s[f'{k}.bias'] = (1 + .1*torch.randn(width, generator=g),
+                                                   .1*torch.randn(width, generator=g))
     s['visual_encoder.cls_token'] = torch.randn(1, 1, width, generator=g)*.5
     s['visual_encoder.pos_embed'] = torch.randn(1, (side//patch)**2 + 1, width, generator=g)*.5
-    s['visual_encoder.patch_embed.proj.weight'] = torch.randn(width, 3, patch, patch, generator=g)/(3*patch*patch)**.5
+    s['visual_encoder.patch_embed.proj.weight'] = torch.randn(width, 3, patch, patch,
+                                                              generator=g)/(3*patch*patch)**.5
     s['visual_encoder.patch_embed.proj.bias'] = torch.zeros(width)
     ln('visual_encoder.norm')
     for i in range(layers):
         p = f'visual_encoder.blocks.{i}'
-        ln(f'{p}.norm1'); ln(f'{p}.norm2'); lin(f'{p}.attn.qkv', 3*width, width); lin(f'{p}.attn.proj', width, width)
+        ln(f'{p}.norm1')
+        ln(f'{p}.norm2')
+        lin(f'{p}.attn.qkv', 3*width, width)
+        lin(f'{p}.attn.proj', width, width)
         lin(f'{p}.mlp.fc1', inner, width); lin(f'{p}.mlp.fc2', width, inner)
     for root in ('text_encoder', 'text_decoder.bert'):
         s[f'{root}.embeddings.word_embeddings.weight'] = torch.randn(vocab, width, generator=g)*.5
@@ -333,7 +350,7 @@ def vocabulary(dir, size, yes=None, no=None):
 
 
 def against_plain(s, tok_dir, file, heads, questions, owner, pixels):
-    "Largest difference between the reward and the plain one; padded questions go to the plain one with a mask"
+    "Largest difference between the reward and the plain one, which gets padded questions with a mask"
     torch.save({'model': s}, file)
     start = time.process_time(); net, tok = load_blip_vqa(file, tok_dir); load = time.process_time() - start
     start = time.process_time()
@@ -355,7 +372,8 @@ questions = ['a red circle?', 'a large striped blue star?', 'box?']
 def test_blip_equals_the_plain_one(tmp_path):
     s = original_state(128, 2, 90, 64, 16, 192, 48)
     tok = vocabulary(tmp_path/'tok', 88)
-    ours, plain, _ = against_plain(s, tok, tmp_path/'blip.pth', 2, questions, [0, 0, 1], noise(2, 64, 64) - .5)
+    ours, plain, _ = against_plain(s, tok, tmp_path/'blip.pth', 2, questions, [0, 0, 1],
+                                   noise(2, 64, 64) - .5)
     assert (ours - plain).abs().max() < 1e-5 and plain.std() > 1e-3
 
 
@@ -389,9 +407,11 @@ def test_full_size_blip_vqa(tmp_path):
     "ViT-B at 480 pixels and both text models of 12 layers, random, against the plain one"
     s = original_state(768, 12, 30524, 480, 16, 3072, 512)
     tok = vocabulary(tmp_path/'tok', 30522, 2748, 2053)
-    ours, plain, about = against_plain(s, tok, tmp_path/'blip.pth', 12, questions, [0, 0, 0], noise(1, 480, 480) - .5)
+    ours, plain, about = against_plain(s, tok, tmp_path/'blip.pth', 12, questions, [0, 0, 0],
+                                       noise(1, 480, 480) - .5)
     diff = (ours - plain).abs().max().item()
-    record('blip_vqa', what='BLIP-VQA at full size against an independent implementation written out in the test',
+    record('blip_vqa',
+           what='BLIP-VQA at full size against an independent implementation written out in the test',
            questions=len(questions), pictures=1, max_abs_diff=diff, scores=ours.tolist(),
            s_per_image=about['forward_s'], **about)
     assert diff < 1e-5
@@ -400,9 +420,11 @@ def test_full_size_blip_vqa(tmp_path):
 @pytest.mark.slow
 def test_numbers_of_vqa(dirs):
     r, ims = VQAScore(dirs['vqa']), noise(32, 64, 64)
-    texts = [f'a {c} cup near {n} small boxes' for c in ('red', 'blue', 'pale green', 'black') for n in range(8)]
+    texts = [f'a {c} cup near {n} small boxes' for c in ('red', 'blue', 'pale green', 'black')
+             for n in range(8)]
     whole, alone = r(ims, texts), torch.cat([r(ims[i:i+1], texts[i:i+1]) for i in range(32)])
-    batch, single = timed(lambda: r(ims, texts)), timed(lambda: [r(ims[i:i+1], texts[i:i+1]) for i in range(32)], 1)
+    batch, single = (timed(lambda: r(ims, texts)),
+                     timed(lambda: [r(ims[i:i+1], texts[i:i+1]) for i in range(32)], 1))
     record('vqa', what='VQAScore with the tiny LLaVA', pictures=32,
            parameters=sum(p.numel() for p in r.model.parameters()),
            max_abs_diff_batch_single=(whole - alone).abs().max().item(),

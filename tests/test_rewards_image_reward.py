@@ -1,4 +1,4 @@
-"ImageReward and Compositional through their loader: what is refused and how, and the stock package beside them"
+"ImageReward and Compositional through their loader: what is refused, and the stock package beside them"
 import importlib.util, json, warnings
 from pathlib import Path
 
@@ -12,9 +12,11 @@ from diffusion_sharpening.rewards.image_reward import BlipJudge, Compositional, 
 
 torch.set_num_threads(1)
 root = Path(__file__).resolve().parents[1]
-SMALL = dict(vision=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=8,
+SMALL = dict(vision=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                         patch_size=8,
                          image_size=32),
-             text=dict(hidden_size=12, intermediate_size=24, num_hidden_layers=2, num_attention_heads=3, vocab_size=20,
+             text=dict(hidden_size=12, intermediate_size=24, num_hidden_layers=2, num_attention_heads=3,
+                       vocab_size=20,
                        max_position_embeddings=12), head=[8, 8, 8, 4], tokens=8)
 WORDS = '[PAD] [UNK] [CLS] [SEP] [MASK] a red blue circle square'.split()
 PROMPTS = ['a red circle', 'a blue square', 'a red square']
@@ -123,7 +125,8 @@ def change(folder, f):
 
 
 @pytest.mark.parametrize('f, line', [
-    (lambda s: {k: v for k, v in s.items() if 'cls_token' not in k}, 'is missing 1, first vision.embeddings.class'),
+    (lambda s: {k: v for k, v in s.items() if 'cls_token' not in k},
+     'is missing 1, first vision.embeddings.class'),
     (lambda s: s | {'mlp.layers.7.bias': torch.zeros(2)}, 'has the wrong shape of 1, first head.7.bias (2,)'),
     (lambda s: s | {'blip.text_decoder.w': torch.zeros(2)}, 'has unknown 1, first blip.text_decoder.w'),
     (lambda s: {'visual.proj': torch.zeros(2)}, 'is missing 96'),
@@ -173,8 +176,10 @@ def test_hub(monkeypatch):
         def download(*args, **kwargs): raise e
         for f in ('hf_hub_download', 'snapshot_download'): monkeypatch.setattr(hub, f, download)
     def answer(kind, code):
-        return kind('no', response=httpx.Response(code, request=httpx.Request('GET', 'https://huggingface.co')))
-    for e, line in [(errors.LocalEntryNotFoundError('offline'), 'no network'), (ConnectionError('down'), 'no network'),
+        return kind('no', response=httpx.Response(code,
+                                                  request=httpx.Request('GET', 'https://huggingface.co')))
+    for e, line in [(errors.LocalEntryNotFoundError('offline'), 'no network'),
+                    (ConnectionError('down'), 'no network'),
                     (answer(errors.GatedRepoError, 403), 'accept its terms'),
                     (answer(errors.RepositoryNotFoundError, 401), 'hf auth login'),
                     (answer(errors.RemoteEntryNotFoundError, 404), 'no such file')]:
@@ -207,7 +212,8 @@ def test_package_says_what_it_needs(folder, monkeypatch):
     refused(lambda: ImageReward(folder, backend='package'), 'pip install --no-deps image-reward==1.5')
     monkeypatch.setattr(ir.importlib.util, 'find_spec', lambda n: True)
     refused(lambda: ImageReward(folder, backend='package'), 'image_reward: ', 'published sizes only')
-    refused(lambda: ImageReward(folder, backend='wheel'), "backend is 'transformers' or 'package', found 'wheel'")
+    refused(lambda: ImageReward(folder, backend='wheel'),
+            "backend is 'transformers' or 'package', found 'wheel'")
 
 
 def test_package_refuses_a_checkpoint_with_gaps(tmp_path, monkeypatch):

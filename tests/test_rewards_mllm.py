@@ -70,7 +70,8 @@ def test_any_aspect_ratio():
 # Faults
 
 @pytest.mark.parametrize('faults, requests, least', [
-    (['busy'], 2, 1.), (['broken', 'broken'], 3, .9), (['drop'], 2, .3), (['garbage'], 2, 0), (['empty'], 2, 0),
+    (['busy'], 2, 1.), (['broken', 'broken'], 3, .9), (['drop'], 2, .3), (['garbage'], 2, 0),
+    (['empty'], 2, 0),
     (['refusal'], 2, 0), (['cut'], 2, 0), (['huge'], 2, 0), (['html'], 2, 0), (['torn'], 2, 0),
     (['schema'], 2, 0), (['garbage', 'broken'], 3, .3)])
 def test_faults_that_pass(faults, requests, least):
@@ -122,7 +123,8 @@ def test_gives_up():
     with FaultProxy(['policy']*4, answer=brightness) as proxy:
         g = grader(proxy, patience=2)
         assert g.score(PICS[:1], ['a']).isnan().all()
-        with pytest.raises(ValueError, match=r"mllm: no grade .* 2 batches in a row; the last: HTTP 400 \(.*policy"):
+        with pytest.raises(ValueError,
+                           match=r"mllm: no grade .* 2 batches in a row; the last: HTTP 400 \(.*policy"):
             g.score(PICS[:1], ['a'])
     with pytest.raises(ValueError, match='no connection'): grader(proxy, retries=0).score(PICS[:1], ['a'])
 
@@ -156,7 +158,8 @@ def test_key_is_sent_and_never_shown(key, caplog, capsys):
         g = grader(proxy)
         with pytest.raises(ValueError, match=r'refused the key \(401\); set MLLM_API_KEY') as e:
             g.score(PICS[:1], ['a'])
-    shown = [str(e.value), repr(e.value), str(e.value.__cause__), repr(g), str(vars(g)), json.dumps(g.report())]
+    shown = [str(e.value), repr(e.value), str(e.value.__cause__), repr(g), str(vars(g)),
+             json.dumps(g.report())]
     with FaultProxy(['policy'], answer=brightness) as proxy:
         g = grader(proxy, patience=1)
         with pytest.raises(ValueError, match=r'you sent Bearer \(key\)') as e: g.score(PICS[:1], ['a'])
@@ -185,7 +188,8 @@ def test_budget_is_never_passed():
         g = grader(proxy, workers=8, budget=7., price_in=1000., price_out=1000.)
         with pytest.raises(ValueError, match=r'the budget of 7 is spent .*; give a larger one'):
             for _ in range(9): g.score(PICS, ['a']*11)
-        for _ in range(100):                                   # requests that were under way come to their end
+        # requests that were under way come to their end
+        for _ in range(100):
             if abs(g.chat.budget.held) < 1e-9: break
             time.sleep(.05)
     assert g.report()['spent'] <= 7 and g.chat.budget.held == pytest.approx(0) and 3 <= len(proxy.seen) <= 7
@@ -199,7 +203,7 @@ def test_refused_requests_cost_nothing_and_timeouts_may():
 
 
 def test_cache_keeps_grades_only(tmp_path):
-    "A second run asks only for what failed; another prompt, picture, model or temperature is another question"
+    "A second run asks only for what failed; another prompt, picture, model or temperature is asked anew"
     path = str(tmp_path/'grades.db')
     with FaultProxy(['policy'], answer=brightness) as proxy:
         grader(proxy, cache=path).score(PICS[:3], ['a']*3)
@@ -245,7 +249,8 @@ def test_end_to_end_through_faults(served):
         g = MLLMGrader(f'{proxy.url}#{model}', Settings(timeout=15., retries=4))
         r = g.score(ims, texts)
         assert proxy.faults == [] and r.isfinite().sum() >= 8
-        assert len(proxy.seen) >= 12 + 9 - r.isnan().sum()         # whose second reply was spoilt too is not asked a third time
+        # whose second reply was spoilt too is not asked a third time
+        assert len(proxy.seen) >= 12 + 9 - r.isnan().sum()
         assert g.report()['failed'] == r.isnan().sum()
     assert MLLMGrader(served).score(ims, texts).isfinite().all()
 
@@ -261,7 +266,7 @@ def test_embedded_by_name():
 
 @pytest.mark.slow
 def test_training_on_two_rewards(served, tmp_path):
-    "`sharpen train rlhf` on the CLIP score and the grader, through a proxy with faults; the report counts pictures, failures and money"
+    "`sharpen train rlhf` with a grader behind a faulty proxy; the report counts pictures, failures and money"
     from diffusion_sharpening.commands import cli
     from rewards_train_mllm import command, record
     url, _, model = served.partition('#')
@@ -270,6 +275,7 @@ def test_training_on_two_rewards(served, tmp_path):
         assert proxy.faults == [] and {m['model'] for _, m in proxy.seen} == {model}
     got = record(tmp_path/'run', 2)
     judge = got['grader']
-    assert judge['graded'] + judge['failed'] == 2*24 + 2*got['pictures_per_batch'] and 1 <= judge['failed'] < 20
+    assert (judge['graded'] + judge['failed'] == 2*24 + 2*got['pictures_per_batch']
+            and 1 <= judge['failed'] < 20)
     assert judge['why'].get('HTTP 400') == 1 and 0 < judge['spent'] < 1 and got['batches'] == 2
     assert got['checker_change']['low'] <= got['checker_change']['high']

@@ -53,15 +53,18 @@ def test_pictures_of_mixed_sizes():
     "Lists of PIL images and tensors of any sizes: in order, each as if it were alone, with its gradient"
     from diffusion_sharpening.rewards.clip import CLIPScore
     g = torch.Generator().manual_seed(0)
-    x = [(torch.rand(3, h, w, generator=g)*255).round()/255 for h, w in ((64, 64), (30, 200), (64, 64), (200, 30), (30, 200))]
-    mixed = [Image.fromarray((o.permute(1, 2, 0)*255).round().byte().numpy()) if i % 2 else o for i, o in enumerate(x)]
+    x = [(torch.rand(3, h, w, generator=g)*255).round()/255 for h,
+         w in ((64, 64), (30, 200), (64, 64), (200, 30), (30, 200))]
+    mixed = [Image.fromarray((o.permute(1, 2, 0)*255).round().byte().numpy()) if i % 2 else o
+             for i, o in enumerate(x)]
     r, texts = CLIPScore(CLIP), [f'a {c} star' for c in ('red', 'blue', 'green', 'white', 'black')]
     alone = torch.cat([r(o[None], [t]) for o, t in zip(x, texts)])
     torch.testing.assert_close(r(mixed, texts), alone, atol=1e-5, rtol=0)
     assert r(mixed[::-1], texts[::-1]).tolist() == pytest.approx(alone.tolist()[::-1], abs=1e-5)
     leaf = x[1].clone().requires_grad_(); r([x[0], leaf], texts[:2]).sum().backward()
     assert leaf.grad.abs().sum() > 0
-    for bad, part in (([], 'expected at least one picture'), (['a.png'], 'found str'), ([x[0][0]], r'found \(64, 64\)'), ([None], 'found NoneType')):
+    for bad, part in (([], 'expected at least one picture'), (['a.png'], 'found str'),
+                      ([x[0][0]], r'found \(64, 64\)'), ([None], 'found NoneType')):
         with pytest.raises(ValueError, match='^images: .*' + part) as e: r(bad, ['a'])
         assert '\n' not in str(e.value)
 
@@ -93,7 +96,9 @@ def test_ranks_and_duels_against_counting():
             wins, losses = sum(x > y for y in known), sum(x < y for y in known)
             assert borda(G)[i, j] == wins - losses
             if x != x: assert rank(G)[i, j].isnan()
-            elif len(known) > 1: assert rank(G)[i, j].item() == pytest.approx((wins + (len(known)-1-wins-losses)/2)/(len(known)-1))
+            elif len(known) > 1:
+                share = (wins + (len(known)-1-wins-losses)/2)/(len(known)-1)
+                assert rank(G)[i, j].item() == pytest.approx(share)
 
 
 @pytest.mark.parametrize('how', HOW)
@@ -161,7 +166,8 @@ def test_failures_in_a_group():
     silent = group_scores(Light(may_fail=True), torch.zeros_like(x), ['', '', ''])
     assert tied(silent).all()
     both = group_scores(Combined([Light(may_fail=True), Red()], [1, 1]), x, ['', '', ''])
-    assert both.isfinite().all() and not tied(both)[:2].any()        # of black pictures Red still has something to say
+    # of black pictures Red still has something to say
+    assert both.isfinite().all() and not tied(both)[:2].any()
 
 
 def test_only_declared_failures_pass():
@@ -183,14 +189,16 @@ def test_gradients_survive_the_combination():
     x = pics(4, 2).requires_grad_()
     group_scores(Combined([Light(), Red()], [1, 1]), x, ['a', 'b'])[0].sum().backward()
     assert x.grad.isfinite().all() and x.grad.abs().sum() > 0
-    assert Combined([Light(), Red()]).differentiable and not Combined([Light(), Red()], how='rank').differentiable
+    assert (Combined([Light(), Red()]).differentiable
+            and not Combined([Light(), Red()], how='rank').differentiable)
 
 
 # Naming
 
 @pytest.mark.parametrize('name', ['clip', 'image_reward', 'mllm', 'remote', 'own'])
 @pytest.mark.parametrize('weight', ['', ':1', ':0.25', ':-3', ':1e-2', ':.5', ':+2.'])
-@pytest.mark.parametrize('which', ['', '@shapes', '@zai-org/ImageReward', '@/a b/c.pt', '@http://h:80', '@https://h:80/v1#m/n:7b',
+@pytest.mark.parametrize('which', ['', '@shapes', '@zai-org/ImageReward', '@/a b/c.pt', '@http://h:80',
+                                   '@https://h:80/v1#m/n:7b',
                                    '@http://[::1]:8000/s', '@pkg.mod:fn', '@C:\\w\\x.pt', '@./x,y'])
 def test_names_round_trip(name, which, weight):
     place = which[1:] or None
@@ -202,8 +210,10 @@ def test_names_round_trip(name, which, weight):
         for how in HOW: assert parse_spec(f'{how}({spec}, clip)') == (how, [got, Part('clip')])
 
 
-@pytest.mark.parametrize('spec', ['', ' ', ',', 'clip,', ',clip', 'clip,,hps', 'clip=3', 'clip:', 'clip:half', 'clip:1:2', 'clip:nan', 'clip:inf',
-                                  'clip:1e999', 'clip@', 'clip@""', '@shapes', ':2', '!', 'clip!!', 'clip hps', 'bordo(clip)', 'rank(clip', 'rank()',
+@pytest.mark.parametrize('spec', ['', ' ', ',', 'clip,', ',clip', 'clip,,hps', 'clip=3', 'clip:', 'clip:half',
+                                  'clip:1:2', 'clip:nan', 'clip:inf',
+                                  'clip:1e999', 'clip@', 'clip@""', '@shapes', ':2', '!', 'clip!!',
+                                  'clip hps', 'bordo(clip)', 'rank(clip', 'rank()',
                                   'mine.py', 'mine.py:', 'mine.py:1f', 'a b.c:f!', '3.5'])
 def test_bad_names(spec):
     with pytest.raises(ValueError, match='^reward') as e: parse_spec(spec, USES)
@@ -239,7 +249,8 @@ class Needy:
 def test_what_functions_may_return(mine):
     x, p = pics(3), ['a', 'bb', 'ccc']
     mean = x.mean((1, 2, 3))
-    for f, want in dict(array=2*mean, numbers=torch.tensor([1., 2, 3]), tensors=mean, extra=mean, Heavy=mean).items():
+    for f, want in dict(array=2*mean, numbers=torch.tensor([1., 2, 3]), tensors=mean, extra=mean,
+                        Heavy=mean).items():
         torch.testing.assert_close(Own(f'{mine}:{f}')(x, p), want)
     heavy = Own(f'{mine}:Heavy')
     heavy(x, p), heavy(x, p)
@@ -247,7 +258,8 @@ def test_what_functions_may_return(mine):
     torch.testing.assert_close(Own(lambda images, prompts: images.mean((1, 2, 3)))(x, p), mean)
     assert Own(f'{mine}:array').name == 'mine:array' and 'beside' in sys.modules
     assert str(mine.parent) not in sys.path
-    for f, part in dict(breaks=r"mine:breaks.*IndexError.*\(mine.py, line 8\)", text='expected 3 numbers, found str',
+    for f, part in dict(breaks=r"mine:breaks.*IndexError.*\(mine.py, line 8\)",
+                        text='expected 3 numbers, found str',
                         column='expected 3 scores').items():
         with pytest.raises(RewardError, match=part) as e: Own(f'{mine}:{f}')(x, p)
         assert '\n' not in str(e.value)
@@ -256,14 +268,21 @@ def test_what_functions_may_return(mine):
 
 
 def test_functions_that_cannot_be_had(mine, tmp_path, monkeypatch):
-    (tmp_path/'broken.py').write_text('def f(:\n'); (tmp_path/'needs.py').write_text('import no_such_package_xyz\n')
+    (tmp_path/'broken.py').write_text('def f(:\n')
+    (tmp_path/'needs.py').write_text('import no_such_package_xyz\n')
     (tmp_path/'falls.py').write_text('\n1/0\n')
     monkeypatch.chdir(tmp_path)
-    for which, part in {f'{mine}:arrray': "did you mean 'array'", f'{mine}:K': 'expected a function, found float', f'{mine}:Needy': 'making one raised TypeError',
-                        f'{mine}:np.nothing': "no 'nothing'", 'mine:np.linalg': 'expected a function, found module',
-                        'broken.py:f': 'importing it raised SyntaxError', 'needs.py:f': "imports 'no_such_package_xyz'",
-                        'needs:f': "imports 'no_such_package_xyz'", 'falls.py:f': 'ZeroDivisionError: division by zero (falls.py, line 2)',
-                        'no_such_xyz:f': "no module 'no_such_xyz'", 'mine.sub:f': 'no module', 'gone.py:f': 'there is no file'}.items():
+    for which, part in {f'{mine}:arrray': "did you mean 'array'",
+                        f'{mine}:K': 'expected a function, found float',
+                        f'{mine}:Needy': 'making one raised TypeError',
+                        f'{mine}:np.nothing': "no 'nothing'",
+                        'mine:np.linalg': 'expected a function, found module',
+                        'broken.py:f': 'importing it raised SyntaxError',
+                        'needs.py:f': "imports 'no_such_package_xyz'",
+                        'needs:f': "imports 'no_such_package_xyz'",
+                        'falls.py:f': 'ZeroDivisionError: division by zero (falls.py, line 2)',
+                        'no_such_xyz:f': "no module 'no_such_xyz'", 'mine.sub:f': 'no module',
+                        'gone.py:f': 'there is no file'}.items():
         with pytest.raises(ValueError, match='^own reward') as e: load_function(which)
         one_line(e, part)
     assert load_function('mine:numbers')(None, ['a']) == [1.]        # a module of the current folder
@@ -313,7 +332,8 @@ def test_order_is_kept_and_threads_are_bounded():
 def test_faults_that_pass(monkeypatch):
     plan = [(500, 'x'), (429, 'x', {'Retry-After': '0'}), None, (503, '')]
     with server(lambda body, k: plan[k] if k < len(plan) else good(body)) as (url, seen):
-        monkeypatch.setattr('diffusion_sharpening.rewards.remote.time.sleep', lambda s: waits.append(s)); waits = []
+        monkeypatch.setattr('diffusion_sharpening.rewards.remote.time.sleep', lambda s: waits.append(s))
+        waits = []
         assert Remote(url, patience=60)(pics(2), ['3', '4']).tolist() == [3, 4]
     assert len(seen) == 5 and waits[1] == 0 and .4 < waits[0] < .61 and 1.6 < waits[2] < 2.41
 
@@ -323,9 +343,12 @@ def test_faults_that_pass(monkeypatch):
     ((400, '{"error": "images[3]: not a PNG"}'), 'after 1 try; last: HTTP 400: images[3]', 1),
     ((404, '<html>'), 'HTTP 404: Not Found', 1), ((302, '', {'Location': '/other'}), 'HTTP 302', 1),
     ((429, '', {'Retry-After': '999'}), 'HTTP 429', 1), ((200, '<html>'), 'did not reply in JSON', 1),
-    ((200, '{"scores": [1]}'), 'expected 2 scores', 1), ((200, '{"scores": [1, "2"]}'), 'expected 2 scores', 1),
-    ((200, '{"scores": [1, true]}'), 'expected 2 scores', 1), ((200, '{"scores": null}'), 'expected 2 scores', 1),
-    ((200, '[1, 2]'), 'expected 2 scores', 1), ((200, '{"scores": [1, Infinity]}'), 'no number of JSON', 1), (None, 'after 2 tries', 2)])
+    ((200, '{"scores": [1]}'), 'expected 2 scores', 1),
+    ((200, '{"scores": [1, "2"]}'), 'expected 2 scores', 1),
+    ((200, '{"scores": [1, true]}'), 'expected 2 scores', 1),
+    ((200, '{"scores": null}'), 'expected 2 scores', 1),
+    ((200, '[1, 2]'), 'expected 2 scores', 1), ((200, '{"scores": [1, Infinity]}'), 'no number of JSON', 1),
+    (None, 'after 2 tries', 2)])
 def test_faults_that_stay(monkeypatch, reply, part, asked):
     monkeypatch.setattr('diffusion_sharpening.rewards.remote.time.sleep', lambda s: None)
     with server(lambda body, k: reply) as (url, seen):
@@ -340,7 +363,8 @@ def test_hanging_and_absent_servers():
         with pytest.raises(RewardError, match='timed out'): Remote(url, timeout=.2, patience=0)(pics(1), [''])
         assert time.time() - t < 1.4
     with pytest.raises(RewardError, match='after 1 try'): Remote(url, patience=0)(pics(1), [''])
-    with pytest.raises(RewardError, match='after 1 try'): Remote('http://no-such-host.invalid/', patience=0)(pics(1), [''])
+    with pytest.raises(RewardError, match='after 1 try'):
+        Remote('http://no-such-host.invalid/', patience=0)(pics(1), [''])
 
 
 def test_one_failing_request_stops_the_rest():
@@ -366,7 +390,8 @@ def test_reference_server_refuses():
         for key in (None, 'j'):
             with pytest.raises(RewardError, match='HTTP 401: wrong or missing key'): post(url, b'{}', key=key)
         with pytest.raises(RewardError, match='HTTP 400: prompts: expected a list'): post(url, b'{}', key='k')
-        with pytest.raises(ValueError, match='cannot serve'): make_server(Light(), int(url.split(':')[2].split('/')[0]))
+        with pytest.raises(ValueError, match='cannot serve'):
+            make_server(Light(), int(url.split(':')[2].split('/')[0]))
     with pytest.raises(ValueError, match='SHARPEN_REWARD_KEY'): serve(Light(), 0, '0.0.0.0')
     with pytest.raises(ValueError, match='cannot serve'): serve(Light(), 99999)
     code, body = answer(Light(), pack(pics(1), ['a'])[:-9])
@@ -384,7 +409,8 @@ def test_key_goes_only_where_it_was_sent(monkeypatch):
 
 
 def _serve_here(port):
-    signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell in the background ignores it, and children inherit that
+    # a shell in the background ignores it, and children inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     serve(Light(), port)
 
 
@@ -402,13 +428,15 @@ def test_serve_command_stops_on_interrupt():
 
 
 def test_serve_reward_command(folder):
-    "A server process, the client through the command line: the scores of the reward itself, in order; SIGTERM ends it, and then the client says so"
+    "A server process and its client: the scores of the reward itself, in order, until SIGTERM ends it"
     import subprocess
     from diffusion_sharpening.commands import cli
     env = {k: v for k, v in os.environ.items() if k != 'SHARPEN_REWARD_KEY'} | dict(OMP_NUM_THREADS='1')
-    cmd = [sys.executable, '-m', 'diffusion_sharpening', 'serve-reward', '--reward', 'clip@shapes', '--port', '0']
+    cmd = [sys.executable, '-m', 'diffusion_sharpening', 'serve-reward', '--reward', 'clip@shapes', '--port',
+           '0']
     def score(reward, out):
-        assert cli.run(['score', '--reward', reward, '--images', str(folder/'pics'), '--prompts', str(folder/'p.txt'), '--out', str(folder/out), '--batch', '5']) == 0
+        assert cli.run(['score', '--reward', reward, '--images', str(folder/'pics'), '--prompts',
+                        str(folder/'p.txt'), '--out', str(folder/out), '--batch', '5']) == 0
         return [float(r['score']) for r in table(folder/out)]
     p = subprocess.Popen(cmd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -424,7 +452,8 @@ def test_serve_reward_command(folder):
     import diffusion_sharpening.rewards.remote as remote
     with pytest.MonkeyPatch.context() as m:
         m.setattr(remote.time, 'sleep', lambda s: None)
-        with pytest.raises(ValueError, match='remote: .* gave no scores after 5 tries') as e: score(f'remote@{url}', 'far')
+        with pytest.raises(ValueError, match='remote: .* gave no scores after 5 tries') as e:
+            score(f'remote@{url}', 'far')
     assert '\n' not in str(e.value)
 
 
@@ -433,8 +462,10 @@ def test_what_serve_reward_refuses(monkeypatch, capsys):
     monkeypatch.delenv('SHARPEN_REWARD_KEY', raising=False)
     kept = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for args, part in ((['--reward', 'clpi'], "did you mean 'clip'"), (['--reward', 'clip@shapes', '--host', '0.0.0.0'], 'SHARPEN_REWARD_KEY'),
-                           (['--reward', 'clip@shapes', '--port', '99999'], 'cannot serve'), (['--port', 'x'], 'invalid int')):
+        for args, part in ((['--reward', 'clpi'], "did you mean 'clip'"),
+                           (['--reward', 'clip@shapes', '--host', '0.0.0.0'], 'SHARPEN_REWARD_KEY'),
+                           (['--reward', 'clip@shapes', '--port', '99999'], 'cannot serve'),
+                           (['--port', 'x'], 'invalid int')):
             with pytest.raises(ValueError, match=part): cli.run(['serve-reward', *args])
     finally: [signal.signal(*o) for o in kept.items()]
 
@@ -454,7 +485,8 @@ def folder(tmp_path):
     d = tmp_path/'pics'; d.mkdir()
     for i in range(12):
         Image.new('RGB', (8, 8 if i % 3 else 12), (20*i, 0, 0)).save(d/f'im {i}.png')
-    (tmp_path/'p.txt').write_text('\ufeff' + '\n'.join('x'*i or 'zero' for i in range(12)) + '\r\n', encoding='utf-8')
+    (tmp_path/'p.txt').write_text('\ufeff' + '\n'.join('x'*i or 'zero' for i in range(12)) + '\r\n',
+                                  encoding='utf-8')
     return tmp_path
 
 
@@ -482,16 +514,19 @@ def test_statistics_against_plain_loops():
 
 def test_large_pictures_need_little_memory():
     assert image_stats(torch.rand(2, 3, 1024, 1024))['colour_entropy'] > 5.9
-    for bad in (torch.zeros(0, 3, 8, 8), torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 1, 8)):
+    for bad in (torch.zeros(0, 3, 8, 8), torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8),
+                torch.zeros(1, 3, 1, 8)):
         with pytest.raises(ValueError, match=r'expected \(B, 3, H, W\)'): image_stats(bad)
 
 
 def test_alarms_ring_for_changes_only():
     g = torch.Generator().manual_seed(0)
-    def draw(n): return (torch.rand(n, 3, 1, 1, generator=g) + .1*torch.randn(n, 3, 16, 16, generator=g)).clamp(0, 1)
+    def draw(n):
+        return (torch.rand(n, 3, 1, 1, generator=g) + .1*torch.randn(n, 3, 16, 16, generator=g)).clamp(0, 1)
     base = draw(100)
     assert sum(bool(alarms(draw(20), base)) for _ in range(40)) <= 1
     assert alarms(base, base) == [] and all(o['shift'] == 0 for o in shifts(base, base).values())
     dark = alarms(base*.3, base)
-    assert any('darker' in a for a in dark) and any('more alike' in a for a in alarms(base[:1].repeat(100, 1, 1, 1), base))
+    assert (any('darker' in a for a in dark)
+            and any('more alike' in a for a in alarms(base[:1].repeat(100, 1, 1, 1), base)))
     assert alarms(base[:3]*0, base) == []                              # too few to be sure of anything

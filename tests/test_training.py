@@ -132,7 +132,8 @@ def test_candidates_together_equal_alone(xl, eta):
     assert whole.nfe == sum(p.nfe for p in parts) == 4*2*4
 
 
-@pytest.mark.parametrize('name', ['best_of_n', 'branch_regression', 'contrast', 'rlhf_sharpening', 'sft_sharpening'])
+@pytest.mark.parametrize('name', ['best_of_n', 'branch_regression', 'contrast', 'rlhf_sharpening',
+                                  'sft_sharpening'])
 def test_more_candidates_keep_the_first(xl, name):
     "The candidates of n = 2 are the first two of n = 4: their pictures are"
     two, four = (lesson_of(load(xl), name, n=n, S=4)[2].pictures for n in (2, 4))
@@ -145,9 +146,11 @@ def test_more_candidates_keep_the_first(xl, name):
 def test_loss_is_log_2_at_first(xl, preset):
     "Policy and reference are the same network, so no preference is fulfilled or broken yet"
     d = load(xl)
-    method, _, lesson = lesson_of(d, 'rlhf', preset, loss_kind='dpo', S=4, **({} if preset == 'sample' else dict(m=2)))
+    method, _, lesson = lesson_of(d, 'rlhf', preset, loss_kind='dpo', S=4,
+                                  **({} if preset == 'sample' else dict(m=2)))
     loss, log = whole_loss(method, d, lesson)
-    assert lesson.use.all() and loss.item() == pytest.approx(math.log(2), abs=1e-6) and not log['margin'].any()
+    assert (lesson.use.all() and loss.item() == pytest.approx(math.log(2), abs=1e-6)
+            and not log['margin'].any())
     loss.backward()
     grads = [p.grad for p in d.trainable()]
     assert all(g.isfinite().all() for g in grads) and any(g.abs().sum() > 0 for g in grads)
@@ -204,7 +207,8 @@ def test_rlhf_gradient_equals_all_in_graph(xl, consistent):
     jolt(d)
     chosen = grads(d, whole_loss(method, d, lesson)[0])
     lr, (w, l), Z = log_ratio(all_errors(method, d, batch, ts, paths), ref), pair(R), standardise(R)
-    loss = preference(method.beta*(pick(lr, w) - pick(lr, l)), pick(Z, w) - pick(Z, l), method.loss_kind).mean()
+    loss = preference(method.beta*(pick(lr, w) - pick(lr, l)), pick(Z, w) - pick(Z, l),
+                      method.loss_kind).mean()
     for a, b in zip(chosen, grads(d, loss)): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     assert any(g.abs().max() > 1e-4 for g in chosen)
 
@@ -246,7 +250,8 @@ def test_every_method_keeps_its_promises(xl, name):
 
 LITTLE = dict(n=2, m=2, S=4)
 OTHER = dict(aggregate='last', loss_kind='rebel', n=8, m=1, S=5, alpha=1., eta=.5, beta=7., early=.5, late=.3,
-             updates=1, old_rate=.9, guidance=3., consistent=True, anywhere=True, through=True, own_noise=True,
+             updates=1, old_rate=.9, guidance=3., consistent=True, anywhere=True, through=True,
+             own_noise=True,
              first_only=True)
 FIELDS = [(name, f) for name, made in METHODS.items() for f in made.__dataclass_fields__]
 

@@ -17,9 +17,11 @@ def demo(
     seed:int=0 # All chance of the run
 )->dict: # The report
     "Sharpen the embedded model here and now: before, after, and what it took"
-    print(f'RLHF-Diffusion-Sharpening of the embedded Shapes model; reward: CLIP score; {steps} batches, seed {seed}')
+    print(f'RLHF-Diffusion-Sharpening of the embedded Shapes model; reward: CLIP score; {steps} batches, '
+          f'seed {seed}')
     asked, again = dict(steps=steps, seed=seed), read_run(out) and not read_report(out)
     rep = resume('rlhf', out, **asked) if again else train('rlhf', out=out, **asked)
     if 'stopped' in rep: return rep
-    print(f"{table(rep)}\n{rep['seconds']:.0f} s; see before_after.png, reward_curve.png and report.json in {out}")
+    print(f"{table(rep)}\n{rep['seconds']:.0f} s; see before_after.png, reward_curve.png and report.json in "
+          f"{out}")
     return rep

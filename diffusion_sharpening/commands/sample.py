@@ -29,7 +29,8 @@ def write_pictures(pictures:Tensor, # `(N, 3, H, W)` in [0, 1]
     write_prompts(out/'prompts.jsonl', [prompts[i] for i in files], list(files.values()))
     if not all(whole):
         first = whole.index(False)
-        raise ValueError(f'sample: {whole.count(False)} of {len(whole)} pictures are not finite, the first is '
+        raise ValueError(f'sample: {whole.count(False)} of {len(whole)} pictures are not finite, the first '
+                         f'is '
                          f'number {first} ({prompts[first]:.60}); the others are in {out}')
 
 # %% ../../nbs/13_commands/09_sample.ipynb #fa51d605

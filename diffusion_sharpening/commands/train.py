@@ -125,7 +125,8 @@ def check_plan(model, # `Denoiser`
     got = {o['name']: o['value'] for o in rows}
     if not got['fits']:
         raise ValueError(f'plan: expected at most {dev.memory:.3g} GiB on {dev.name}, found '
-                         f"{got['memory']:.3g}; smaller are batch, n, px, and precision=bfloat16 (sharpen plan counts them)")
+                         f"{got['memory']:.3g}; smaller are batch, n, px, and precision=bfloat16 (sharpen "
+                         f"plan counts them)")
 
 # %% ../../nbs/13_commands/08_train.ipynb #73dbb056
 def fine_tune(out:Path, # Folder of the run

@@ -115,12 +115,15 @@ def check_source(source, # With `batch(k, rank, world)`
                 ):
     "Check the promises of a source; an `AssertionError` names the one that is broken"
     a, again, other = source.batch(0), source.batch(0), source.batch(1)
-    assert len(a) == len(a.seeds) == size, f'expected {size} prompts and seeds, found {len(a)} and {len(a.seeds)}'
+    assert len(a) == len(a.seeds) == size, (
+        f'expected {size} prompts and seeds, found {len(a)} and {len(a.seeds)}')
     assert a.prompts == again.prompts and torch.equal(a.seeds, again.seeds), 'batch 0 is not the same twice'
     assert not set(a.seeds.tolist()) & set(other.seeds.tolist()), 'batches 0 and 1 share seeds'
     halves = [source.batch(0, r, 2) for r in (0, 1)]
     assert [p for h in halves for p in h.prompts] == a.prompts, 'two shares do not make up the batch'
-    assert torch.equal(torch.cat([h.seeds for h in halves]), a.seeds), 'two shares have other seeds than the batch'
+    assert torch.equal(torch.cat([h.seeds for h in halves]), a.seeds), (
+        'two shares have other seeds than the batch')
     for k, v in a.data.items():
         assert len(v) == size, f'{k}: expected {size} rows, found {len(v)}'
-        assert torch.equal(torch.cat([h.data[k] for h in halves]), v), f'{k}: two shares do not make up the batch'
+        assert torch.equal(torch.cat([h.data[k] for h in halves]), v), (
+            f'{k}: two shares do not make up the batch')

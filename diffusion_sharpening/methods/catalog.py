@@ -21,7 +21,8 @@ from ..rewards.own import load_object
 # %% ../../nbs/08_methods/11_catalog.ipynb #bcca4bf7
 METHODS = dict(
     standard=Standard, sft_sharpening=SFTSharpening, rlhf_sharpening=RLHFSharpening,
-    branch_regression=BranchRegression, step_preference=StepPreference, online_dpo=OnlineDPO, best_of_n=BestOfN, contrast=Contrast)
+    branch_regression=BranchRegression, step_preference=StepPreference, online_dpo=OnlineDPO,
+    best_of_n=BestOfN, contrast=Contrast)
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #0dc577fa
 PRESETS = dict(

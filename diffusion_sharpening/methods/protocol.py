@@ -86,7 +86,8 @@ def check_method(method:Method, # Started
     assert losses.isfinite().all() and losses.requires_grad, 'losses are not finite, or have no gradient'
     assert all(v.shape == losses.shape for v in stats.values()), 'statistics need one number for each row'
     parts = torch.cat([method.loss(model, judge, p, 0)[0] for p in lesson.parts(1)])
-    assert (parts - losses).abs().max() <= 1e-3*(1 + losses.abs().max()), 'parts have other losses than the whole'
+    assert (parts - losses).abs().max() <= 1e-3*(1 + losses.abs().max()), (
+        'parts have other losses than the whole')
     kept = {k: v.clone() for k, v in method.state().items()}
     method.restore(kept)
     assert all(torch.equal(v, kept[k]) for k, v in method.state().items()), 'state is not what was restored'

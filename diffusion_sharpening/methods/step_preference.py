@@ -54,7 +54,8 @@ class StepPreference(Method):
         tr = from_state(view, x_t, ts, candidate_seeds(batch.seeds, self.n), batch.cond, self.eta).tr
         R, pictures = at_end(view, judge, finished(view, tr, self.S, batch.cond), batch.prompts)
         (w, l), Z, use = pair(R), standardise(R), (~tied(R)).float()
-        rows = dict(ts=turned(ts), gap=pick(Z, w) - pick(Z, l), **pair_rows(dict(x=tr.states.movedim(0, 2)), w, l))
+        rows = dict(ts=turned(ts), gap=pick(Z, w) - pick(Z, l),
+                    **pair_rows(dict(x=tr.states.movedim(0, 2)), w, l))
         lesson = Lesson(rows, batch.cond, use, summary(R) | dict(tied=1-use.mean()), pictures)
         with model.reference(): lesson.rows |= {f'ref_{s}': self.logp(view, lesson, s) for s in 'wl'}
         return lesson

@@ -129,7 +129,7 @@ def _attention(q, k, v, *args, **kwargs):
 
 @contextmanager
 def fused():
-    "Attention as one operation that keeps no matrix of weights, as processors compute it; also when recomputed"
+    "Attention as one operation that keeps no matrix of weights, as processors compute it"
     own = functional.scaled_dot_product_attention
     functional.scaled_dot_product_attention = _attention
     try: yield

@@ -32,7 +32,7 @@ def trapezoid_lr(k:int, # Update, from 0
                  warm:int=200, # Updates spent warming up
                  decay:float=.15 # Share of the run, at its end, in which the rate falls to 0
                 )->float: # Factor on the peak learning rate
-    "Linear warm-up, a plateau, and a linear fall: until the fall begins, the run may be made longer at any time"
+    "Linear warm-up, a plateau, a linear fall; until the fall begins, the run can be made longer"
     return min((k+1)/warm, 1., (steps-k)/(decay*steps))
 
 # %% ../../nbs/03_models/15_fit.ipynb #312f8e2a

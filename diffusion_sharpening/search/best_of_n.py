@@ -35,7 +35,8 @@ def affordable(model, # `cost` is what a prediction takes
     "How many whole samples a budget pays for"
     one = S*getattr(model, 'cost', 1)
     if budget >= one: return int(budget//one)
-    raise ValueError(f'budget: expected at least {one} evaluations for one picture of {S} steps, found {budget:g}')
+    raise ValueError(f'budget: expected at least {one} evaluations for one picture of {S} steps, found '
+                     f'{budget:g}')
 
 # %% ../../nbs/09_search/01_best_of_n.ipynb #25833105
 @torch.no_grad()

@@ -199,10 +199,10 @@ def work_of(ask:dict, # From `evaluations`
             units:dict # As for `memory`
            )->dict: # TFLOP per batch: rollout, old, reference, lesson, decode
     "Floating-point operations of one batch"
-    F, V = units['rollout'].tflop, units['decode'].tflop
+    F, V, L = units['rollout'].tflop, units['decode'].tflop, units['lesson'].total
     decodes = ask['decode'] + 3*ask['decode with gradient']
-    return dict(rollout=ask['rollout']*F, old=ask['old']*F, reference=ask['reference']*units['reference'].tflop,
-                lesson=ask['lesson']*units['lesson'].total, decode=decodes*V)
+    return dict(rollout=ask['rollout']*F, old=ask['old']*F, lesson=ask['lesson']*L,
+                reference=ask['reference']*units['reference'].tflop, decode=decodes*V)
 
 # %% ../../nbs/12_training/06_plan.ipynb #de370abe
 def evaluation_of(units:dict, # As for `memory`

@@ -265,11 +265,13 @@ def bench_update(folder, batch, n, m, repeat):
         rows = paired({k: lambda f=f: gradient(d, f(*args)) for k, f in updates.items()}, repeat)
         peaks = {k: peak(folder, batch, n, m, f'{method}-{k}') for k in updates}
         out[method] = dict(seconds={k: median(rows, k) for k in updates}, peak_MB=peaks,
-                           times_faster=ratio(rows, 'released', 'library'), memory_share=peaks['library']/peaks['released'])
+                           times_faster=ratio(rows, 'released', 'library'),
+                           memory_share=peaks['library']/peaks['released'])
     return dict(batch=batch, n=n, m=m, repeat=repeat, **out)
 
 def print_update(r):
-    print(f"\nOne update beside the released algorithm: {r['batch']} prompts, {r['n']} candidates, {r['m']} steps; "
+    print(f"\nOne update beside the released algorithm: {r['batch']} prompts, {r['n']} candidates, {r['m']} "
+          f"steps; "
           f"median of {r['repeat']} paired rounds")
     print(f"{'':<6}{'seconds':>9}{'released':>10}{'faster':>8}{'peak MB':>10}{'released':>10}{'share':>7}")
     for k in ('sft', 'rlhf'):

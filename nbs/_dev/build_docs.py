@@ -150,7 +150,8 @@ def main():
     add_contents(made[Path('index.ipynb')], pages.values())
     for page, nb in made.items():
         link_cells(nb, page, pages, anchors)
-        for c in nb.cells: c.source = c.source.replace('../figures/', 'figures/')  # the site has them one level up
+        # the site has them one level up
+        for c in nb.cells: c.source = c.source.replace('../figures/', 'figures/')
         (site/page).parent.mkdir(parents=True, exist_ok=True)
         write_nb(nb, site/page)
     if (root/'figures').exists(): shutil.copytree(root/'figures', site/'figures')

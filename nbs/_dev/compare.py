@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Train presets of SFT and RLHF at equal wall time over several seeds, and gather the changes on held-out captions.
+"""Train presets of SFT and RLHF at equal wall time over several seeds, and gather the changes on held-out
+captions.
 
 `python nbs/_dev/compare.py --seconds 100 --seeds 3` trains what is not there yet in runs/compare, then writes
 data/results/comparison.json: means with 95 % intervals over seeds and captions."""
@@ -29,7 +30,8 @@ def one(name, seed, seconds, heldout):
 def gains(scores):
     "Changes of every judge over seeds and captions, with their intervals"
     names = [k for k in scores[0]['after'] if all(k in s['before'] for s in scores)]
-    side = lambda when, k: torch.tensor([[float('nan') if v is None else v for v in s[when][k]] for s in scores])
+    side = (lambda when,
+            k: torch.tensor([[float('nan') if v is None else v for v in s[when][k]] for s in scores]))
     return {k: over_seeds(side('after', k) - side('before', k), 'captions') for k in names}
 
 def row(name, runs):
@@ -37,7 +39,8 @@ def row(name, runs):
     reps, scores = zip(*runs)
     method, preset = name.split('-')
     stats = [r['delta']['image_stats'] for r in reps]
-    return dict(method=method, preset=preset, seeds=[r['seed'] for r in reps], seconds=[r['seconds'] for r in reps],
+    return dict(method=method, preset=preset, seeds=[r['seed'] for r in reps],
+                seconds=[r['seconds'] for r in reps],
                 change=gains(scores), image_stats={k: sum(s[k] for s in stats)/len(stats) for k in stats[0]},
                 batches=[r['batches'] for r in reps], lr=reps[0]['settings']['run']['lr'])
 

@@ -5,7 +5,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 FAULTS = dict(
     busy='429 with Retry-After: 1', broken='500', hang='no reply', drop='closes the connection',
-    html='200, but a web page', torn='200, but half a JSON document', garbage='a chatty reply without a grade',
+    html='200, but a web page', torn='200, but half a JSON document',
+    garbage='a chatty reply without a grade',
     empty='no choices', refusal='a refusal', cut='a reply cut off at half its length', huge='grades of 11',
     key='401 that repeats the key', schema='400 whenever a request has a response_format',
     policy='400 for this picture')

@@ -1,84 +1,141 @@
 #!/usr/bin/env python
-"""Kill trainings at random moments, saves included, go on with them, and compare the bits: `python nbs/_dev/kill_runs.py --runs 200`
+"""Kill trainings at random moments, saves included, go on with them, and compare the bits:
+`python nbs/_dev/kill_runs.py [METHOD …] [--runs 20]`
 
-Each run is a forked process that gets SIGKILL after a random delay, again and again until it comes to its end. It must end in the weights, averages,
-optimizer moments and history of the run that was left alone. The summary goes to data/results/kill_runs.json (not with --dry)."""
+Every method with every preset of the catalogue, or the methods named. Each run is a forked process that gets
+SIGKILL after a random delay, again and again until it comes to its end. It must end in the weights, averages,
+optimizer moments, method state and history of the run that was left alone. The summary goes to
+data/results/kill_runs.json (not with --dry)."""
 import argparse, hashlib, json, os, random, signal, sys, tempfile, time
+from dataclasses import asdict, fields
 from pathlib import Path
 import torch
 
 torch.set_num_threads(1)
+from diffusion_sharpening.basics.words import one_of
 from diffusion_sharpening.commands.load import quiet
 from results import write
+from diffusion_sharpening.data.sources import Pictures, Prompts
+from diffusion_sharpening.methods.catalog import METHODS, find, presets
 from diffusion_sharpening.models.denoiser import Denoiser
-from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sdxl
-from diffusion_sharpening.data.sources import Prompts
-from diffusion_sharpening.training.folder import read_run, taken
-from diffusion_sharpening.training.resume import Checkpoint, Record, Resume
+from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.training.callbacks import Log
 from diffusion_sharpening.training.checkpoints import checkpoints, load_checkpoint
-from diffusion_sharpening.training.run import settings
+from diffusion_sharpening.training.folder import read_run, taken
 from diffusion_sharpening.training.loop import train
+from diffusion_sharpening.training.resume import Checkpoint, Record, Resume
+from diffusion_sharpening.training.run import settings
 
-root = Path(__file__).resolve().parents[2]
 TEXTS = ['a cat', 'a dog', 'a tree', 'a house']
+SMALL = dict(n=2, m=2, S=3)          # of a method, where it has such a setting
 
 class Bright(Reward):
     name = 'bright'
     def score(self, images, prompts): return images.mean((1, 2, 3))
 
-def run_once(model, out, steps):
+def arms(names):
+    "Name → method and preset; presets with equal settings once"
+    out, seen = {}, []
+    for name in names:
+        for preset in sorted(presets(name), key='default'.__eq__):     # published variants keep their names
+            made = find(name, preset)()
+            same = type(made), asdict(made)
+            if same in seen: continue
+            seen.append(same)
+            out[name if preset == 'default' else f'{name}, {preset}'] = name, preset
+    return out
+
+def source(net, method, run):
+    "Prompts, with pictures where the method learns from them"
+    if not method.needs_images: return Prompts(net, TEXTS, run.batch, run.seed)
+    pictures = torch.rand(len(TEXTS), 3, *net.size, generator=torch.Generator().manual_seed(0))
+    return Pictures(net, TEXTS, net.latents(pictures), run.batch, run.seed)
+
+def run_once(arm, model, out, steps):
     "One sitting of a run, from its newest checkpoint to its end"
-    run, method = settings('rlhf', steps=steps, batch=2, S=3, n=2, rank=2, checkpoint_every=1)
+    name, preset = arm
+    known = {f.name for f in fields(find(name, preset)())}
+    small = {k: v for k, v in SMALL.items() if k in known}
+    run, method = settings(name, preset, steps=steps, batch=2, rank=2, checkpoint_every=1, **small)
     net = Denoiser.from_pretrained(model, guidance=1., device='cpu')
     about, at = dict(model='tiny', reward='bright'), out/'checkpoints'
     with taken(out, new=False):
-        again, asked = bool(read_run(out)), dict(method='rlhf', steps=steps)
+        again, asked = bool(read_run(out)), dict(method=name, preset=preset, steps=steps)
         beside = [Resume(at, about), Record(out, asked, again), Log(out/'metrics.jsonl'),
                   Checkpoint(at, about, dict(asked=asked), resume=True)]
-        train(net, method, Bright(), Prompts(net, TEXTS, run.batch, run.seed), run, beside)
+        train(net, method, Bright(), source(net, method, run), run, beside)
 
-def sitting(model, out, steps, delay):
+def sitting(*run, out, delay=None):
     "Run in a child; True if it came to its end before it was killed"
     pid = os.fork()
     if pid == 0:
-        sys.stdout = sys.stderr = open(os.devnull, 'w')
-        try: run_once(model, out, steps); os._exit(0)
-        except BaseException: os._exit(1)
-    if delay is not None: time.sleep(delay); os.kill(pid, signal.SIGKILL)
+        sys.stdout = sys.stderr = open(out.with_suffix('.txt'), 'w')
+        try:
+            run_once(*run)
+            os._exit(0)
+        except BaseException as e:
+            print(f'{type(e).__name__}: {e}', flush=True)
+            os._exit(1)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status): raise SystemExit(f'a run in {out} failed by itself')
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise SystemExit(f'a run of {run[0]} failed by itself: {out.with_suffix(".txt").read_text()[-500:]}')
     return os.WIFEXITED(status)
 
 def digest(out):
     "The bits a run ended in: all tensors but the random states, the history and the counters"
     tensors, record = load_checkpoint(checkpoints(out/'checkpoints')[-1])
     h = hashlib.sha256()
-    for part in ('weights', 'optimizer'):
-        for k in sorted(tensors[part]): h.update(k.encode()); h.update(tensors[part][k].numpy().tobytes())
+    for part in sorted(tensors.keys() - {'random'}):
+        for k in sorted(tensors[part]):
+            h.update(f'{part}/{k}'.encode())
+            h.update(tensors[part][k].numpy().tobytes())
     counts = {k: v for k, v in record['counts'].items() if k != 'seconds'}
-    h.update(json.dumps([record['history'], counts]).encode()); h.update((out/'metrics.jsonl').read_bytes())
+    h.update(json.dumps([record['history'], counts]).encode())
+    h.update((out/'metrics.jsonl').read_bytes())
     return h.hexdigest()
+
+def kill_arm(arm, model, d, runs, steps, rng):
+    "How many of `runs` killed runs end as the one left alone, and how often they were killed"
+    sitting(arm, model, d/'warm', 1, out=d/'warm')                     # files and caches
+    t = time.time()
+    sitting(arm, model, d/'whole', steps, out=d/'whole')
+    length, want, same, kills = time.time() - t, digest(d/'whole'), 0, 0
+    for i in range(runs):
+        out = d/f'run{i}'
+        while not sitting(arm, model, out, steps, out=out, delay=rng.uniform(.05, 1.1)*length): kills += 1
+        same += digest(out) == want
+    return dict(runs=runs, identical=same, kills=kills)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--runs', type=int, default=200); p.add_argument('--steps', type=int, default=6)
-    p.add_argument('--seed', type=int, default=0); p.add_argument('--dry', action='store_true', help='write no summary')
-    a = p.parse_args(); quiet(); rng, kills, same, t0 = random.Random(a.seed), 0, 0, time.time()
+    p.add_argument('methods', nargs='*', help='default: all')
+    p.add_argument('--runs', type=int, default=20, help='of each method and preset')
+    p.add_argument('--steps', type=int, default=4, help='batches of a run')
+    p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--dry', action='store_true', help='write no summary')
+    a = p.parse_args()
+    try: todo = arms([one_of(name, list(METHODS), 'method') for name in a.methods or METHODS])
+    except ValueError as e: p.error(str(e))
+    quiet()
+    rng, t0, found = random.Random(a.seed), time.time(), {}
     with tempfile.TemporaryDirectory() as d:
-        d = Path(d); tiny_sdxl(d/'model')
-        t = time.time(); sitting(d/'model', d/'whole', a.steps, None); length = time.time() - t
-        want = digest(d/'whole')
-        for i in range(a.runs):
-            out = d/f'run{i}'
-            while not sitting(d/'model', out, a.steps, rng.uniform(.05, 1.1)*length): kills += 1
-            same += digest(out) == want
-    line = f'{same} of {a.runs} runs ended bit-identical to the uninterrupted one; {kills} kills; {time.time()-t0:.0f} s'
+        d = Path(d)
+        tiny_sdxl(d/'model')
+        for i, (name, arm) in enumerate(todo.items()):
+            (d/f'arm{i}').mkdir()
+            found[name] = r = kill_arm(arm, d/'model', d/f'arm{i}', a.runs, a.steps, rng)
+            print(f"{name:28}{r['identical']:>4} of {r['runs']} bit-identical{r['kills']:>6} kills",
+                  flush=True)
+    total = {k: sum(r[k] for r in found.values()) for k in ('runs', 'identical', 'kills')}
+    line = (f"{total['identical']} of {total['runs']} runs ended bit-identical to the uninterrupted one; "
+            f"{total['kills']} kills; {time.time()-t0:.0f} s")
     print(line)
-    if not a.dry:
-        write('kill_runs', dict(runs=a.runs, identical=same, kills=kills, batches=a.steps,
-                                seconds=round(time.time()-t0, 1), summary=line))
-    sys.exit(same != a.runs)
+    seconds = round(time.time()-t0, 1)
+    if not a.dry: write('kill_runs', total | dict(batches=a.steps, seconds=seconds, summary=line, arms=found))
+    sys.exit(total['identical'] != total['runs'])
 
 if __name__ == '__main__': main()

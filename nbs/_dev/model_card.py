@@ -42,7 +42,8 @@ def clip_facts(texts, ims):
     return interval((clip(ims, texts) > clip(ims, [near_miss(t, rng) for t in texts])).float())
 
 def measure(n, S):
-    texts = prompts(n, 'heldout', seed=1); ims = torch.stack([picture(t, i, 'heldout') for i, t in enumerate(texts)])
+    texts = prompts(n, 'heldout', seed=1)
+    ims = torch.stack([picture(t, i, 'heldout') for i, t in enumerate(texts)])
     model, checker = load_model('shapes'), load_reward('checker', train=False)
     recon = model.show(model.latents(ims))
     mine = {c: [t for t in texts if category(t) == c] for c in CATEGORIES}
@@ -99,9 +100,11 @@ def show(i): return shown(i, over='')
 
 def card(r, training):
     kinds = ('real', 'shuffled', 'reconstructed', 'base')
-    rows = [' | '.join([k, f"{r['base'][k]['over']}", *(show(r[o][k]) for o in kinds)]) for k in ['overall', *CATEGORIES]]
+    rows = [' | '.join([k, f"{r['base'][k]['over']}", *(show(r[o][k]) for o in kinds)])
+            for k in ['overall', *CATEGORIES]]
     unet = sum(p.numel() for p in load_model('shapes').pipe.unet.parameters())/1e6
-    about = dict(guided='guidance_3', strict='strict', best='best_of_8', one='one_of_8', clip='clip_prefers_own')
+    about = dict(guided='guidance_3', strict='strict', best='best_of_8', one='one_of_8',
+                 clip='clip_prefers_own')
     return CARD.format(unet=unet, training=training, rows='\n'.join(f'| {o} |' for o in rows),
                        ms=r['ms_per_image_step'], **{k: show(r[v]) for k, v in about.items()},
                        **{k: r[k] for k in ('n', 'S', 'guidance', 'threads')})

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"Train `data/shapes-preference` and fit `data/shapes-aesthetic`, both on the towers of `data/shapes-clip`; started again after a stop, it goes on"
+"""Train `data/shapes-preference` and fit `data/shapes-aesthetic`, both on the towers of `data/shapes-clip`;
+started again after a stop, it goes on"""
 import argparse, time
 from pathlib import Path
 import torch
@@ -27,9 +28,12 @@ def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--pairs', type=int, default=6000, help="choices to train on (default %(default)s)")
     p.add_argument('--steps', type=int, default=800, help="updates (default %(default)s)")
-    p.add_argument('--test', type=int, default=600, help="choices about held-out captions to test on (default %(default)s)")
-    p.add_argument('--rated', type=int, default=2000, help="rated pictures for the aesthetic head (default %(default)s)")
-    p.add_argument('--out', default='data', help="folder that gets the weights and results/rewards-preference.json")
+    p.add_argument('--test', type=int, default=600,
+                   help="choices about held-out captions to test on (default %(default)s)")
+    p.add_argument('--rated', type=int, default=2000,
+                   help="rated pictures for the aesthetic head (default %(default)s)")
+    p.add_argument('--out', default='data',
+                   help="folder that gets the weights and results/rewards-preference.json")
     p.add_argument('--work', default='runs/preference', help="folder of the run: pairs, state file and log")
     args = p.parse_args()
     from diffusers import AutoencoderKL

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""How well rewards order the embedded model's own pictures of one prompt: correlation with the exam within prompts,
-and what the best of k is worth.
+"""How well rewards order the embedded model's own pictures of one prompt: correlation with the exam within
+prompts, and what the best of k is worth.
 
-`python nbs/_dev/reward_order.py clip@shapes preference@shapes` writes data/results/order.json; a CLIP of another
-folder is named clip@FOLDER."""
+`python nbs/_dev/reward_order.py clip@shapes preference@shapes` writes data/results/order.json; a CLIP of
+another folder is named clip@FOLDER."""
 import argparse
 import torch
 from results import write
@@ -29,7 +29,8 @@ def order(reward, ims, many, truth):
     k = truth.shape[1]; texts = many[::k]
     with torch.no_grad(): r = reward(ims, many).view(-1, k)
     corr = within(r, truth); pick = lambda i: truth.gather(1, i[:, None])[:, 0]
-    return dict(correlation=interval(corr), **{c: v.nanmean().item() for c, v in by_category(corr, texts).items()},
+    return dict(correlation=interval(corr), **{c: v.nanmean().item() for c,
+                                               v in by_category(corr, texts).items()},
                 best=interval(pick(r.argmax(1))), worst=interval(pick(r.argmin(1))))
 
 def main():
@@ -45,6 +46,7 @@ def main():
     one, best = interval(truth.mean(1)), interval(truth.amax(1))
     write('order', dict(captions=len(texts), pictures=a.k, mean=one, best_possible=best, rewards=rows))
     for r, v in rows.items():
-        print(f"{r}: within a prompt {shown(v['correlation'])}; best of {a.k} {shown(v['best'])}, one {shown(one)}")
+        print(f"{r}: within a prompt {shown(v['correlation'])}; best of {a.k} {shown(v['best'])}, one "
+              f"{shown(one)}")
 
 if __name__ == '__main__': main()

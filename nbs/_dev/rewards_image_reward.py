@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """ImageReward at full size on random weights: both backends side by side, with times and memory.
 
-`python nbs/_dev/rewards_image_reward.py` writes data/results/rewards-image_reward.json (about 2 GB of disk and 5 GB of
-memory for a few minutes); it needs `pip install --no-deps image-reward==1.5`."""
+`python nbs/_dev/rewards_image_reward.py` writes data/results/rewards-image_reward.json (about 2 GB of disk
+and 5 GB of memory for a few minutes); it needs `pip install --no-deps image-reward==1.5`."""
 import argparse, gc, sys, tempfile, time
 from pathlib import Path
 
@@ -72,7 +72,8 @@ def compare(folder):
     return dict(scores=[round(o, 5) for o in ours.tolist()], spread=round(ours.std().item(), 4),
         max_abs_diff=gap(ours, theirs), max_abs_diff_resized=gap(ours_wide, theirs_wide),
         max_abs_diff_batch_single=gap(ours[:2], single), gradient_norm=round(x.grad.norm().item(), 4),
-        transformers=dict(load_s=load, s_per_image_batch_4=round(batch/4, 2), s_per_image_single=round(one/2, 2),
+        transformers=dict(load_s=load, s_per_image_batch_4=round(batch/4, 2),
+                          s_per_image_single=round(one/2, 2),
                           s_forward_backward=grad, peak_gb=peak),
         package=dict(load_s=start, s_per_image=round(loop/4, 2), peak_gb=child))
 

@@ -28,7 +28,8 @@ def agreement(which, split, n):
     by = {c: [i for i, k in enumerate(kinds) if k == c] for c in CATEGORIES}
     first = lambda k: round((r['own'] > r[k]).float().mean().item(), 3)
     tied = lambda k: round((r['own'] == r[k]).float().mean().item(), 3)
-    return dict(pictures=n, failed=g.report()['failed'], graded={k: round(v.mean().item(), 3) for k, v in r.items()},
+    return dict(pictures=n, failed=g.report()['failed'],
+                graded={k: round(v.mean().item(), 3) for k, v in r.items()},
                 true={k: round(v.mean().item(), 3) for k, v in true.items()}, spearman=spearman(R, T),
                 spearman_by_category={c: spearman(R[i], T[i]) for c, i in by.items()},
                 own_above=dict(near=first('near'), other=first('other')),
@@ -54,7 +55,7 @@ def main():
     from results import write
     torch.set_num_threads(1); start = time.time()
     with serve(weights('shapes-grader'), wait=1200) as which:
-        what = 'the embedded grader of Shapes behind `transformers serve`: accuracy against the exam, and time'
+        what = 'the embedded grader behind `transformers serve`: accuracy against the exam, and time'
         found = dict(what=what, start_s=round(time.time()-start, 1),
                      agreement={s: agreement(which, s, n) for s in ('train', 'heldout')},
                      ms_per_picture={f'{w} threads': speed(which, w) for w in (1, 4, 8)})

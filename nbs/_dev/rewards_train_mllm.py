@@ -11,7 +11,8 @@ def command(which, out, steps, n=4, batch=4):
     "Arguments of `sharpen` for a training on the CLIP score and the grader"
     url, _, model = which.partition('#')
     grader = f'mllm@"{url}?{"&".join(f"{k}={v}" for k, v in PRICES.items())}#{model}"'
-    return ['train', 'rlhf', '--reward', f'clip@shapes:.5,{grader}:.5', '--steps', str(steps), '--heldout', '24',
+    return ['train', 'rlhf', '--reward', f'clip@shapes:.5,{grader}:.5', '--steps', str(steps), '--heldout',
+            '24',
             '--S-eval', '10', '--out', str(out), '--set', f'n={n}', f'batch={batch}', 'S=10']
 
 def spread(x): return dict(mean=round(statistics.mean(x), 2), least=round(min(x), 2), most=round(max(x), 2))
@@ -21,9 +22,13 @@ def record(folder, steps):
     rep = json.loads((folder/'report.json').read_text())
     rows = [json.loads(l) for l in (folder/'metrics.jsonl').read_text().splitlines()]
     judge, made, run = rep['judges']['mllm'], rep['settings']['method'], rep['settings']['run']
-    return dict(method='rlhf', rewards='clip@shapes:.5, mllm:.5', batches=rep['batches'], skipped=rep['skipped'],
-                pictures_per_batch=made['n']*run['batch'], seconds_per_batch=spread([sum(v for k, v in r.items() if k.startswith('ms/'))/1000 for r in rows]),
-                seconds_reward_per_batch=spread([r['ms/reward']/1000 for r in rows]), seconds=rep['seconds'], grader=judge,
+    return dict(method='rlhf', rewards='clip@shapes:.5, mllm:.5', batches=rep['batches'],
+                skipped=rep['skipped'],
+                pictures_per_batch=made['n']*run['batch'],
+                seconds_per_batch=spread([sum(v for k, v in r.items() if k.startswith('ms/'))/1000
+                                          for r in rows]),
+                seconds_reward_per_batch=spread([r['ms/reward']/1000 for r in rows]), seconds=rep['seconds'],
+                grader=judge,
                 spent_as_if=dict(of_a_million_tokens=PRICES, spent=round(judge['spent'], 6)),
                 reward={k: rep[k]['judges'][rep['judge']]['overall'] for k in ('before', 'after', 'delta')},
                 checker_change=rep['delta']['judges']['checker']['overall'], alarms=rep['alarms']['rang'])

@@ -1,10 +1,12 @@
 #!/usr/bin/env python
-"""Pictures per second of every reward at small size, in batches and one by one: `throughput.py [--n 8] [--only clip,own]`
+"""Pictures per second of every reward at small size, in batches and one by one:
+`throughput.py [--n 8] [--only clip,own]`
 
-Models are small stand-ins of the true architecture, loaded by the class that users run, so the numbers compare the two ways of
-asking rather than rewards. *Batch*: one call with a tensor of `n` pictures. *One by one*: a call for each picture, given as a PIL
-image. Both know the prompts already. Seconds are those of this process on one thread of the processor, so that other work on the machine
-does not count; only `mllm`, whose grader is a process of its own, is timed by the clock. Writes data/results/rewards-throughput.json."""
+Models are small stand-ins of the true architecture, loaded by the class that users run, so the numbers
+compare the two ways of asking rather than rewards. *Batch*: one call with a tensor of `n` pictures. *One by
+one*: a call for each picture, given as a PIL image. Both know the prompts already. Seconds are those of
+this process on one thread of the processor, so that other work on the machine does not count; only `mllm`,
+whose grader is a process of its own, is timed by the clock. Writes data/results/rewards-throughput.json."""
 import argparse, atexit, json, shutil, tempfile, time, torch
 from contextlib import ExitStack
 from importlib import import_module
@@ -51,7 +53,8 @@ def aesthetic(d):
 
 def _words(d): # A vocabulary of Shapes captions for BERT
     from diffusion_sharpening.worlds.shapes.draw import prompts
-    words = '[PAD] [UNK] [CLS] [SEP] [MASK]'.split() + sorted({w for p in prompts(600) for w in p.replace(',', ' ,').split()})
+    words = ('[PAD] [UNK] [CLS] [SEP] [MASK]'.split()
+             + sorted({w for p in prompts(600) for w in p.replace(',', ' ,').split()}))
     d.mkdir(exist_ok=True); (d/'vocab.txt').write_text('\n'.join(words)); return len(words)
 
 def _judge(d, file):
@@ -71,18 +74,23 @@ def compositional(d):
 @small
 def hps(d):
     import open_clip
-    src = weights('shapes-clip').resolve(); cfg = json.loads((src/'open_clip_config.json').read_text())['model_cfg']
+    src = weights('shapes-clip').resolve()
+    cfg = json.loads((src/'open_clip_config.json').read_text())['model_cfg']
     cfg['text_cfg']['hf_tokenizer_name'] = str(src); d.mkdir(exist_ok=True)
-    (d/'throughput-small.json').write_text(json.dumps(cfg)); open_clip.add_model_config(d/'throughput-small.json')
-    torch.save(dict(state_dict=open_clip.create_model(f'local-dir:{src}').state_dict()), d/'HPS_v2.1_compressed.pt')
+    (d/'throughput-small.json').write_text(json.dumps(cfg))
+    open_clip.add_model_config(d/'throughput-small.json')
+    torch.save(dict(state_dict=open_clip.create_model(f'local-dir:{src}').state_dict()),
+               d/'HPS_v2.1_compressed.pt')
     return load('human:HPS', str(d), 'throughput-small')
 
 @small
 def pickscore(d):
     from transformers import CLIPConfig, CLIPModel
     size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    text = dict(**size, vocab_size=37, max_position_embeddings=20, eos_token_id=36, bos_token_id=35, pad_token_id=0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=dict(**size, image_size=64, patch_size=16), projection_dim=24)).save_pretrained(d)
+    text = dict(**size, vocab_size=37, max_position_embeddings=20, eos_token_id=36, bos_token_id=35,
+                pad_token_id=0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=dict(**size, image_size=64, patch_size=16),
+                         projection_dim=24)).save_pretrained(d)
     for f in ('tokenizer.json', 'tokenizer_config.json'): shutil.copy(weights('shapes-clip')/f, d)
     return load('human:PickScore', str(d))
 
@@ -107,7 +115,8 @@ def measure(name, n, repeat):
         gap = (reward(x, texts) - torch.cat(one())).abs().nan_to_num().max().item()
         clock = time.perf_counter if name == 'mllm' else time.process_time
         batch, single = best(lambda: reward(x, texts), repeat, clock), best(one, repeat, clock)
-    return dict(batch=round(n/batch, 1), one_by_one=round(n/single, 1), gain=round(single/batch, 2), max_difference=gap)
+    return dict(batch=round(n/batch, 1), one_by_one=round(n/single, 1), gain=round(single/batch, 2),
+                max_difference=gap)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -120,7 +129,8 @@ def main():
     found, left_out = {}, {}
     for name in only or MAKE:
         try: found[name] = measure(name, a.n, a.repeat)
-        except Exception as e: left_out[name] = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:160]}'
+        except Exception as e:
+            left_out[name] = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0][:160]}'
         print(f"{name:14}{found.get(name) or left_out[name]}", flush=True)
     about = dict(pictures=a.n, size='64 x 64', unit='pictures per second of processor time')
     if not only: write('rewards-throughput', about | dict(rewards=found, left_out=left_out), ['pillow'])

@@ -73,7 +73,7 @@ def whiten(vae, # `AutoencoderKL`, changed in place
            z:torch.Tensor, # Latents as it gives them now, `(n, C, h, w)`
            floor:float=.1 # Added to each variance, as a share of the mean variance (δ)
           ):
-    "Make the latents of a cell uncorrelated with unit variance, by folding the map into the two 1 × 1 convolutions"
+    "Make the latents of a cell uncorrelated with unit variance, inside the two 1 × 1 convolutions"
     C = z.shape[1]; mean = z.mean((0,2,3)); rows = (z - mean.view(-1,1,1)).movedim(1, -1).reshape(-1, C)
     lam, U = torch.linalg.eigh((rows.T @ rows/len(rows)).double())
     d = (lam + floor*lam.mean()).sqrt(); W, back = ((U/d)@U.T).float(), ((U*d)@U.T).float()

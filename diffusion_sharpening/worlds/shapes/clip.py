@@ -114,7 +114,8 @@ def clip_loss(ims:torch.Tensor, # uint8 pictures `(n, 3, 64, 64)`
         v = F.normalize(net.encode_image(x), dim=-1)
         t = F.normalize(net.encode_text(tok(words + wrong)), dim=-1).view(1+misses, batch, -1)
         scale = net.logit_scale.clamp(max=4.6).exp(); near = scale*(v*t).sum(-1).T
-        return both_ways(scale*v @ t[0].T, words) + F.cross_entropy(near, torch.zeros(batch, dtype=torch.long))
+        return (both_ways(scale*v @ t[0].T, words)
+                + F.cross_entropy(near, torch.zeros(batch, dtype=torch.long)))
     return loss
 
 # %% ../../../nbs/05_worlds/shapes/04_clip.ipynb #a3379ba5

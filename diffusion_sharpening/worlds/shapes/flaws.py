@@ -62,7 +62,8 @@ def remade(model:Denoiser, # Its autoencoder made the latents
         eps = noise(own, START, model.item, model.device)
         x = eps if j == 0 else add_noise(model.schedule, z, eps, grid[j].expand(len(z)))
         end = rollout(model, x, grid[j:], model.encode(texts[b:b+batch]), keep=False).end
-        ims.append((model.show(end, batch)*255).round().to(torch.uint8).contiguous()); starts.append(torch.full((len(z),), j))
+        ims.append((model.show(end, batch)*255).round().to(torch.uint8).contiguous())
+        starts.append(torch.full((len(z),), j))
     return torch.cat(ims), torch.cat(starts)
 
 # %% ../../../nbs/05_worlds/shapes/05_flaws.ipynb #ca86c9f2
@@ -80,7 +81,8 @@ class Flaws:
                        torch.where(plain(), self.near[idx], self.near_seen[idx]), self.made[idx]])
         return to_unit(x) + .04*torch.randn(x.shape, generator=g)
 
-def _first(logits): return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction='none')
+def _first(logits):
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction='none')
 
 def flaws_loss(data:Flaws,
                tok, # open_clip tokenizer
@@ -101,7 +103,8 @@ def flaws_loss(data:Flaws,
         over = lambda x: _first(torch.stack([s(x, o) for o in (c, *cs)], 1))
         kept = (data.start[idx] >= low).float()
         order = F.softplus(s(x_, c) - s(x, c)) + F.softplus(s(x, c_) - s(x_, c_))
-        return (both_ways(scale*torch.cat([x, x_])@torch.cat([c, c_]).T, own + near) + over(x).mean() + .5*order.mean()
+        return (both_ways(scale*torch.cat([x, x_])@torch.cat([c, c_]).T,
+                          own + near) + over(x).mean() + .5*order.mean()
                 + F.softplus(s(made, c) - s(x, c)).mean() + (over(made)*kept).sum()/kept.sum().clamp(min=1))
     return loss
 
@@ -133,6 +136,7 @@ def train_on_flaws(clip, # Folder of the CLIP after its first training, which is
     if not first.exists(): first.write_bytes(file.read_bytes())
     net, tok = new_clip(clip), open_clip.get_tokenizer(f'local-dir:{clip.resolve()}')
     net.load_state_dict(load_file(first))
-    fit(net, flaws_loss(data, tok), steps, 6e-4, Path(work)/'clip-flaws.state', decay=.998, log=Path(work)/'clip-flaws.jsonl')
+    fit(net, flaws_loss(data, tok), steps, 6e-4, Path(work)/'clip-flaws.state', decay=.998,
+        log=Path(work)/'clip-flaws.jsonl')
     save_file({n: p.contiguous() for n, p in net.state_dict().items()}, file)
     return net.eval()
