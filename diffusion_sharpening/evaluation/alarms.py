@@ -36,7 +36,8 @@ def picture_stats(images:Tensor # `(B, 3, H, W)` in [0, 1], with pixels in both 
     x = images.detach().float().clamp(0, 1)
     grey, sat = x.mean(1), x.amax(1) - x.amin(1)
     edges = torch.maximum(grey.diff(dim=-1).abs()[:, 1:], grey.diff(dim=-2).abs()[..., 1:]) > .1
-    return dict(brightness=grey.mean((1, 2)), saturation=sat.mean((1, 2)), edge_density=edges.float().mean((1, 2)),
+    return dict(brightness=grey.mean((1, 2)), saturation=sat.mean((1, 2)),
+                edge_density=edges.float().mean((1, 2)),
                 colour_entropy=colour_entropy(x), diversity=mean_distance(x))
 
 # %% ../../nbs/11_evaluation/02_alarms.ipynb #a1a12205
