@@ -35,7 +35,7 @@ COMMANDS = {
     'evaluate': Command('commands.evaluate:evaluate', 'commands.evaluate:said', json=True),
     'score': Command('commands.score:score', 'commands.evaluate:score_said', json=True),
     'serve-reward': Command('commands.serve_reward:serve_reward'),
-    'plan': Command('training.plan:plan', 'training.plan:plan_table', settings=True, json=True),
+    'plan': Command('commands.train:plan', 'training.plan:plan_table', settings=True, json=True),
     'export': Command('commands.interchange:export', 'builtins:str'),
     'push': Command('commands.interchange:push', 'commands.lists:as_json'),
     'methods': Command('commands.lists:methods', 'commands.lists:methods_said', json=True),
@@ -152,13 +152,19 @@ def help_of(name:str, # One of `COMMANDS`
             argv:list # What else was typed
            )->str:
     "The help of a command"
-    named = dict(zip(argv, argv[1:]))
-    method = argv[0] if argv[0][0] != '-' else named.get('--method')
-    if not COMMANDS[name].settings or not method: return parser(name).format_help()
+    named, method = dict(zip(argv, argv[1:])), argv[0]
+    if not COMMANDS[name].settings or method[0] == '-': return parser(name).format_help()
     from diffusion_sharpening.commands.lists import method_settings, settings_said
     preset = named.get('--preset', 'default')
     rows = settings_said(method_settings(method, preset))
     return f'{parser(name).format_help()}\nsettings of {method} ({preset}), with --set NAME=VALUE:\n{rows}'
+
+# %% ../../nbs/13_commands/14_cli.ipynb #47bc54fa
+def _of_method(a, name): # A setting of the method with the name of an option, told apart from it
+    from diffusion_sharpening.commands.lists import method_settings
+    known = [r['name'] for r in method_settings(a['method'], a.get('preset', 'default'))]
+    if name in known: return f'method.{name}'
+    raise ValueError(f'setting {name!r}: expected one of the method or the run; give it as --{name}')
 
 # %% ../../nbs/13_commands/14_cli.ipynb #c733edff
 def _arguments(name, argv): # What the function is called with, and whether JSON is asked for
@@ -166,8 +172,7 @@ def _arguments(name, argv): # What the function is called with, and whether JSON
     as_json, own = a.pop('json', False), {o.name for o in ARGUMENTS[name]}
     if not COMMANDS[name].settings: return a, as_json
     more = settings_of(a)
-    for k in more.keys() & own:
-        raise ValueError(f'setting {k!r}: expected one of the method or the run; give it as --{k}')
+    for k in more.keys() & own: more[_of_method(a, k)] = more.pop(k)
     default = next((o.default for o in ARGUMENTS[name] if o.name == 'out'), None)
     if a.get('resume') == '': a['resume'] = a.get('out', default)     # alone: the run in --out
     return a | more, as_json

@@ -65,7 +65,7 @@ def evaluate(model, # Any model
             own = slice(i, i+chunk)
             x = noise(seeds[own], START, model.item, model.device)
             tr = rollout(model, x, ts, cond[own], eta, seeds[own], keep=False)
-            ends.append(model.show(tr.end, chunk).cpu())
+            ends.append(model.show(tr.end, min(chunk, 8)).cpu())
             nfe += tr.nfe
             bar.update(len(x))
     images = torch.cat(ends)

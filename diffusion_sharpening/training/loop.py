@@ -112,6 +112,7 @@ def prepare(model, run:Run, method):
         model.copy_adapter('policy', 'base')
     method.start(model)
     if run.ema: model.copy_adapter('policy', 'ema')
+    if run.checkpointing: model.checkpoint_activations()
     if run.rank and many: model.shard()
     if run.compile: model.compile(run.compile)
 
