@@ -111,6 +111,25 @@ def test_nothing_of_others_is_removed(tmp_path):
     assert (tmp_path/'step-00000001/notes.txt').read_text() == 'mine'
 
 
+def test_killed_while_a_file_was_written(tmp_path):
+    "safetensors writes under a name of its own first; a kill leaves that file, and the batch is saved again"
+    save(tmp_path, 1)
+    (tmp_path/'.part-00000002').mkdir()
+    for name in ('weights.safetensors', '.tmp6jXg0k'): (tmp_path/'.part-00000002'/name).write_bytes(b'half')
+    save(tmp_path, 2)
+    assert names(tmp_path) == ['step-00000001', 'step-00000002']
+
+
+@pytest.mark.parametrize('kind', ['part', 'old'])
+def test_somebody_elses_file_stops_no_save(tmp_path, kind):
+    "It stays where it is; the same batch can be saved, and saved again"
+    mine = tmp_path/f'.{kind}-00000002'
+    mine.mkdir()
+    (mine/'notes.txt').write_text('mine')
+    for _ in range(2): save(tmp_path, 2)
+    assert names(tmp_path) == [mine.name, 'step-00000002'] and names(mine) == ['notes.txt']
+
+
 def test_damaged_one_makes_room(tmp_path):
     "A run that fell back comes to the damaged one's number again"
     for _ in range(2):

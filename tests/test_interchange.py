@@ -15,7 +15,7 @@ from diffusion_sharpening.models.counting import anatomy
 from diffusion_sharpening.commands.interchange import (
     check_decode, decode_problem, export, from_kohya, kohya_name, push, to_kohya)
 from diffusion_sharpening.commands.card import model_card
-from diffusion_sharpening.training.loop import ATTENTION, LINEAR
+from diffusion_sharpening.models.policies import ATTENTION, LINEAR
 from diffusion_sharpening.worlds.world import model_path
 
 torch.set_num_threads(1)

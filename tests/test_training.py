@@ -8,14 +8,16 @@ diffusers = pytest.importorskip('diffusers')
 from diffusion_sharpening.basics.seeds import START, fold, noise, stream
 from diffusion_sharpening.commands import train as command
 from diffusion_sharpening.commands.load import load_model, quiet
-from diffusion_sharpening.data.sources import Batch, Pictures, Prompts
+from diffusion_sharpening.data.sources import Batch, Columns
 from diffusion_sharpening.maths.choice import argmax, pair, pick, standardise
 from diffusion_sharpening.maths.losses import log_ratio, preference
 from diffusion_sharpening.maths.rollout import branch, rollout
 from diffusion_sharpening.methods.catalog import METHODS, find
+from diffusion_sharpening.methods.forward import Forward
 from diffusion_sharpening.methods.parts import (
     along_path, candidate_seeds, from_noises, held_noise, path_error)
-from diffusion_sharpening.methods.protocol import check_method
+from diffusion_sharpening.methods.protocol import check_method, noise_columns
+from diffusion_sharpening.methods.ram import RAM
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.lora import lora_file
 from diffusion_sharpening.models.tiny import tiny_sdxl
@@ -31,7 +33,7 @@ tiny = dict(steps=2, batch=2, rank=2, n=2, S=3)
 
 class Bright(Reward):
     "Mean brightness: cheap, and never tied"
-    name = 'bright'
+    name, differentiable = 'bright', True
     def score(self, images, prompts): return 100*images.mean((1, 2, 3))
 
 
@@ -48,8 +50,7 @@ def load(xl, **kwargs): return Denoiser.from_pretrained(xl, guidance=1., device=
 
 def source_of(d, method, run):
     "Prompts, or pictures of noise"
-    if not method.needs_images: return Prompts(d, PROMPTS, run.batch, run.seed)
-    return Pictures(d, PROMPTS, noise(torch.arange(3), START, d.item), run.batch, run.seed)
+    return Columns(d, PROMPTS, noise_columns(method, d.item, 3), run.batch, run.seed)
 
 
 def fit(xl, name='rlhf', preset='default', callbacks=(), **changes):
@@ -67,14 +68,14 @@ def lesson_of(d, name, preset='default', **changes):
     "A method and the lesson of one batch, for a policy that still equals the reference"
     run, method = settings(name, preset, **{'batch': 2, 'rank': 2, **changes})
     prepare(d, run, method)
-    data = dict(x0=noise(torch.arange(2), START, d.item)) if method.needs_images else {}
+    data = noise_columns(method, d.item, 2)
     batch = Batch(PROMPTS[:2], d.encode(PROMPTS[:2]), fold(7, torch.arange(2)), data)
     with torch.no_grad(): return method, batch, method.collect(d, Bright(), batch)
 
 
 def whole_loss(method, d, lesson, u=0):
     "The loss of an update, as the loop weighs it"
-    losses, log = method.loss(d, None, lesson, u)
+    losses, log = method.loss(d, Bright(), lesson, u)
     return (losses*lesson.use).sum()/lesson.use.sum(), log
 
 
@@ -223,24 +224,29 @@ def test_sft_gradient_equals_all_in_graph(xl):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+def quick(name):
+    "Few sampler steps, candidates and noises, for methods that have them"
+    return {k: v for k, v in dict(S=4, n=3, noises=2).items() if k in METHODS[name].__dataclass_fields__}
+
+
 @pytest.mark.parametrize('name', METHODS)
 @pytest.mark.parametrize('micro', [1, 3])
 def test_parts_of_an_update_give_the_gradient_of_the_whole(xl, name, micro):
     "However an update is cut to fit the memory"
     d = load(xl)
-    method, _, lesson = lesson_of(d, name, **({} if name == 'standard' else dict(S=4)))
+    method, _, lesson = lesson_of(d, name, **quick(name))
     jolt(d)
     whole = grads(d, whole_loss(method, d, lesson)[0])
     for p in d.trainable(): p.grad = None
     for part in lesson.parts(max(1, micro//method.width)):
-        ((method.loss(d, None, part, 0)[0]*part.use).sum()/lesson.use.sum()).backward()
+        ((method.loss(d, Bright(), part, 0)[0]*part.use).sum()/lesson.use.sum()).backward()
     for a, p in zip(whole, d.trainable()): torch.testing.assert_close(a, p.grad, atol=1e-4, rtol=1e-2)
 
 
 @pytest.mark.parametrize('name', METHODS)
 def test_every_method_keeps_its_promises(xl, name):
     d = load(xl)
-    run, method = settings(name, batch=2, rank=2, **({} if name == 'standard' else dict(S=4)))
+    run, method = settings(name, batch=2, rank=2, **quick(name))
     prepare(d, run, method)
     jolt(d, .01)
     check_method(method, d, Bright(), source_of(d, method, run).batch(0))
@@ -248,23 +254,37 @@ def test_every_method_keeps_its_promises(xl, name):
 
 # Every setting does something
 
-LITTLE = dict(n=2, m=2, S=4)
+LITTLE = dict(n=2, m=2, S=4, least=2)
 OTHER = dict(aggregate='last', loss_kind='rebel', n=8, m=1, S=5, alpha=1., eta=.5, beta=7., early=.5, late=.3,
-             updates=1, old_rate=.9, guidance=3., consistent=True, anywhere=True, through=True,
+             updates=3, old_rate=.9, guidance=3., consistent=True, anywhere=True, through=True,
              own_noise=True,
-             first_only=True)
-FIELDS = [(name, f) for name, made in METHODS.items() for f in made.__dataclass_fields__]
+             first_only=True,
+             share=.5, summed=True, largest=.1, memory=3, least=4, clip=1e-7, group=True,   # policy gradients
+             gap=.5, every=2, K=2, target=-9., scale=1., gamma=1.,
+             )
+# of the forward-process family; where a setting needs another one to matter, the second
+OTHER |= dict(noises=2, most=.5, scale=.3, kl=.5, near=.7, near_rate=.5, anchor=.5, power=.5,
+              level=False, rise=.4, stay=.2)
+BESIDE = dict(near_rate=dict(near=1.), clip=dict(updates=2), stay=dict(rise=.4))
+SHARED = {f for f in RAM.__dataclass_fields__ if f in Forward.__dataclass_fields__}
+
+def fields_of(name, made):
+    "Settings of a method; those that the forward-process family shares are tested on one of it"
+    twice = SHARED if issubclass(made, Forward) and made is not RAM else ()
+    return [(name, f) for f in made.__dataclass_fields__ if f not in twice]
+
+FIELDS = [o for name, made in METHODS.items() for o in fields_of(name, made)]
 
 
 class Fickle(Reward):
     "Jumps from picture to picture, so that every way to choose chooses differently"
-    name = 'fickle'
+    name, differentiable = 'fickle', True
     def score(self, images, prompts): return (1e4*images.mean((1, 2, 3))).sin()
 
 
 def trace(d, method):
     "What a method does in two batches: its losses and gradients"
-    data = dict(x0=noise(torch.arange(2), START, d.item)) if method.needs_images else {}
+    data = noise_columns(method, d.item, 2)
     out = []
     for k in range(2):
         batch = Batch(PROMPTS[:2], d.encode(PROMPTS[:2]), fold(7+k, torch.arange(2)), data)
@@ -283,13 +303,15 @@ def trace(d, method):
 def test_every_field_of_a_method_changes_something(xl, name, field):
     base = {k: v for k, v in LITTLE.items() if k in METHODS[name].__dataclass_fields__}
     if field == 'through': base['m'] = 3
+    base |= BESIDE.get(field, {})
     def run(**changes):
         d = load(xl)
         run, method = settings(name, rank=2, **{**base, **changes})
         prepare(d, run, method)
         with torch.no_grad(): [p.add_(.02) for p in d.trainable()]
         return trace(d, method)
-    assert run() != run(**{field: OTHER[field]})
+    other = not METHODS[name]().group if field == 'group' else OTHER[field]
+    assert run() != run(**{field: other})
 
 
 # What changes, and what does not

@@ -38,14 +38,13 @@ def device_of(name:str # One of `DEVICES`
     if name == 'mps': return Device('Apple GPU', ram, 0., 0.)
     return Device(f'{n} CPU thread{"s"*(n > 1)}', ram, .096*n, .096*n, 'float32')
 
-# %% ../../nbs/01_basics/10_devices.ipynb #6c4a23ab
+# %% ../../nbs/01_basics/10_devices.ipynb #33ba0099
 def mfu(tflop:float, # Work, in 10¹² floating-point operations
-        seconds:float, # What it took
+        seconds:float, # What it took, more than 0
         device:str, # One of `DEVICES`
         dtype=None # None: the processor's default
        )->float: # 0…1
     "Model FLOP utilisation"
-    if not seconds > 0: raise ValueError(f'seconds: expected a positive time, found {seconds}')
     return tflop/seconds/device_of(device).peak(dtype)
 
 # %% ../../nbs/01_basics/10_devices.ipynb #97c6b583

@@ -38,6 +38,7 @@ def write_whole(path, # File to write or to replace
     os.replace(part, path)
     return path
 
+# %% ../../nbs/01_basics/02_files.ipynb #455ffd5e
 def write_json(path, # File to write or to replace
                data # What JSON can hold; numbers that are not finite become null
               )->Path: # The file

@@ -14,6 +14,7 @@ from .card import hub_name, model_card, redact
 from ..models.policies import lora_file, read_lora
 from ..basics.words import one_of
 from ..models.counting import anatomy
+from ..worlds.world import model_path
 from ..basics.seeds import START, noise
 from ..training.folder import describe, sums
 
@@ -52,13 +53,13 @@ def _write(weights, file, meta):
 
 # %% ../../nbs/13_commands/01_interchange.ipynb #f61b5bfe
 def _model_of(model):  # Is it SDXL? `layers_per_block`, from a config alone
-    a = anatomy(model)
+    a = anatomy(model_path(model))
     return a.xl, a.unet.get('layers_per_block', 2)
 
 def to_kohya(
     path, # LoRA in diffusers' layout: folder or file
     out, # File to write
-    model:str='sdxl' # The model it belongs to: sdxl, sd15, shapes, or a folder
+    model:str='sdxl' # The model it belongs to: sdxl, sd15, an embedded model, or a folder
 )->Path: # `out`
     "Write a LoRA in the layout of kohya-ss and ComfyUI"
     weights, rank, alpha = read_lora(path); xl, blocks = _model_of(model); new = {}
@@ -73,7 +74,7 @@ def to_kohya(
 # %% ../../nbs/13_commands/01_interchange.ipynb #4effcd81
 def _layers(model):  # Kohya's name → diffusers' name of every layer that could have an adapter
     from diffusers import UNet2DConditionModel
-    with torch.device('meta'): net = UNet2DConditionModel.from_config(anatomy(model).unet)
+    with torch.device('meta'): net = UNet2DConditionModel.from_config(anatomy(model_path(model)).unet)
     xl, blocks = _model_of(model); out = {}
     for k, m in net.named_modules():
         if not isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)): continue
@@ -133,7 +134,7 @@ def _even(down, up, alpha, rank):  # The same product with rank `rank` and alpha
 def from_kohya(
     path, # File in kohya's layout or in one of diffusers' training scripts, for the U-Net only
     out, # Folder to write `pytorch_lora_weights.safetensors` to
-    model:str='sdxl' # The model it belongs to: sdxl, sd15, shapes, or a folder
+    model:str='sdxl' # The model it belongs to: sdxl, sd15, an embedded model, or a folder
 )->Path: # The file, which `Denoiser.load_lora` and diffusers load
     "Bring a LoRA from the layouts of kohya-ss, ComfyUI and training scripts to that of diffusers"
     known, found = _layers(model), _triples(path)

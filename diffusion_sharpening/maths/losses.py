@@ -80,7 +80,8 @@ def contrast(
     x0_old:Tensor, # Clean estimate of the old policy, same shape
     x0_target:Tensor, # The sampled clean image, same shape
     r:Tensor, # How good it is, in [0, 1], leading shape; ½ is neutral
-    beta:float=1. # How far the implicit policies lie from the old one
+    beta:float=1., # How far the implicit policies lie from the old one
+    level:bool=True # Divide each squared error by its mean absolute error?
 ) -> Tensor: # `(…)`
     "Pull towards good samples, push from bad ones (DiffusionNFT's form)"
     if not ((r >= 0) & (r <= 1)).all():
@@ -88,5 +89,6 @@ def contrast(
     def err(b):
         d = (1 - b)*x0_old + b*x0_theta - x0_target
         d = d.flatten(r.ndim)
-        return d.square().mean(-1)/d.detach().abs().mean(-1).clamp(min=1e-5)
+        size = d.detach().abs().mean(-1).clamp(min=1e-5) if level else 1.
+        return d.square().mean(-1)/size
     return r*err(beta) + (1 - r)*err(-beta)

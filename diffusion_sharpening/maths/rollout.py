@@ -139,14 +139,15 @@ def rollout(
     eta:float=0., # 0: deterministic … 1: ancestral
     seeds:Tensor=None, # int64 of the leading shape; needed for eta > 0
     keep:bool=True, # False: keep only the last state and estimates
-    steer=None # `steer(Move) -> next state`, or with its estimates, or None
+    steer=None, # `steer(Move) -> next state`, or with its estimates, or None
+    coefs=step_coefs # `coefs(sch, t, s, eta) -> Coefs`: the law of a step
 ) -> Trajectory: # Detached, float32
     "Run the sampler through the times `ts` and record it"
     x, item = x_t.float(), tuple(model.item)
     lead = x.shape[:x.ndim - len(item)]
     meter, t = Meter(model), _spread(ts, lead).to(x.device)
     ask = lambda x, t: meter.predict(x, t, cond)
-    c, keys = step_coefs(model.schedule, t[:-1], t[1:], eta), _step_keys(seeds, t, eta, lead)
+    c, keys = coefs(model.schedule, t[:-1], t[1:], eta), _step_keys(seeds, t, eta, lead)
     live = (~c.still).reshape(len(t) - 1, -1)
     some, every = live.any(1).tolist(), live.all(1).tolist()
     states, x0s, es, means, known = [x], [], [], [], None

@@ -13,10 +13,9 @@ from ..basics.settings import within
 from ..maths.choice import pick, weights
 from ..maths.schedules import add_noise
 from diffusion_sharpening.methods.parts import (
-    at_end, candidate_seeds, end_error, finished, flat, from_state, guided, path_starts, plain, repeated,
-    summary)
+    at_end, candidate_seeds, check_path, end_error, finished, flat, from_state, guided, path_starts, plain,
+    repeated, summary)
 from .protocol import Lesson, Method
-from .sft_sharpening import check_path
 
 # %% ../../nbs/08_methods/06_branch_regression.ipynb #ead84370
 @dataclass

@@ -7,13 +7,25 @@ __all__ = ['METHODS', 'PRESETS', 'presets', 'find']
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #474eb011
 from ..basics.words import one_of
+from .awm import AWM
 from .best_of_n import BestOfN
 from .branch_regression import BranchRegression
 from .contrast import Contrast
+from .d3po import D3PO
+from .crd import CRD
+from .elbo_pg import ELBOPG
+from .nft import NFT
+from .ddpo import DDPO
+from .diffusion_dpo import DiffusionDPO
+from .flow_grpo import FlowGRPO
 from .online_dpo import OnlineDPO
 from .protocol import Method
+from .ram import RAM
+from .reward_gradient import DRaFT, ReFL
 from .rlhf_sharpening import RLHFSharpening
+from .rvm import RVM
 from .sft_sharpening import SFTSharpening
+from .spo import SPO
 from .standard import Standard
 from .step_preference import StepPreference
 from ..rewards.own import load_object
@@ -22,7 +34,11 @@ from ..rewards.own import load_object
 METHODS = dict(
     standard=Standard, sft_sharpening=SFTSharpening, rlhf_sharpening=RLHFSharpening,
     branch_regression=BranchRegression, step_preference=StepPreference, online_dpo=OnlineDPO,
-    best_of_n=BestOfN, contrast=Contrast)
+    best_of_n=BestOfN, contrast=Contrast,
+    ddpo=DDPO, flow_grpo=FlowGRPO, diffusion_dpo=DiffusionDPO, d3po=D3PO,
+    spo=SPO, refl=ReFL, draft=DRaFT,
+    nft=NFT, awm=AWM, rvm=RVM, ram=RAM, crd=CRD, elbo_pg=ELBOPG,
+)
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #0dc577fa
 PRESETS = dict(
@@ -39,7 +55,7 @@ def presets(name:str # A method, `sft`, `rlhf`, or `path/to/file.py:Method`
     name = one_of(name, [*PRESETS, *METHODS], 'method')
     if name in PRESETS: return PRESETS[name]
     made = METHODS[name]
-    return dict(default=made) | {k: getattr(made, k) for k in ('paper', 'released') if hasattr(made, k)}
+    return dict(default=made) | {k: getattr(made, k) for k in made.variants if hasattr(made, k)}
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #3f978005
 def _own(name):

@@ -29,6 +29,8 @@ class Contrast(Method):
     late: float = within(1., above=0, hi=1) # Ask no later than this share
     guidance: float = within(0., 0)   # Classifier-free guidance in rollouts; 1: none, 0: as the model samples
 
+    first = dict(moved=0.)
+
     def start(self, model):
         "The old policy begins as the policy"
         model.copy_adapter('policy', 'old')

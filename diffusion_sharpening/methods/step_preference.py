@@ -12,12 +12,10 @@ from ..basics.settings import within, words
 from ..maths.choice import pair, pick, standardise, tied
 from ..maths.losses import step_log_ratio
 from ..maths.schedules import add_noise
-from diffusion_sharpening.methods.parts import (
-    at_end, candidate_seeds, finished, from_prompt, from_state, guided, path_starts, step_logp, summary,
-    turned)
+from .parts import (
+    at_end, candidate_seeds, check_path, finished, from_prompt, from_state, guided, margin_loss, pair_rows,
+    path_starts, step_logp, summary, turned)
 from .protocol import Lesson, Method
-from .rlhf_sharpening import margin_loss, pair_rows
-from .sft_sharpening import check_path
 
 # %% ../../nbs/08_methods/07_step_preference.ipynb #d5b80631
 @dataclass

@@ -15,12 +15,10 @@ from pathlib import Path
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .policies import Policies
+from .policies import ATTENTION, LINEAR, Policies
 from .loading import dtype_of
 from ..basics.words import one_of
-from ..training.loop import ATTENTION, LINEAR
-from ..worlds.world import WORLDS
-from ..worlds.world import model_path
+
 
 # %% ../../nbs/03_models/14_counting.ipynb #734b1043
 @dataclass(frozen=True)
@@ -71,14 +69,16 @@ def _downloaded(name):  # Folder of a model of the Hub, if it was downloaded bef
     file = try_to_load_from_cache(name, 'model_index.json')
     return Path(file).parent if isinstance(file, str) else None
 
-def anatomy(model:str # sdxl, sd15, shapes, their names on the Hub, a downloaded model, or a folder
+# %% ../../nbs/03_models/14_counting.ipynb #b3996456
+def anatomy(model:str # sdxl, sd15, their names on the Hub, a downloaded model, or the folder of a pipeline
            )->Anatomy: # Nothing is loaded but configs
     "The sizes of a model"
     if (name := ALIASES.get(str(model), str(model))) in KNOWN: return KNOWN[name]
-    path = _downloaded(str(model)) or Path(model_path(str(model)))
+    path = _downloaded(str(model)) or Path(model)
     if not path.is_dir():
-        names = ', '.join([*KNOWN, *(m for w in WORLDS.values() for m in w.models)])
-        raise ValueError(f'model: expected {names}, or the folder of a pipeline; found {model}')
+        known = ', '.join(KNOWN)
+        raise ValueError(f'model: expected {known}, an embedded model, or the folder of a pipeline; found '
+                         f'{model}')
     encs = [_config(p/'config.json') for p in sorted(path.glob('text_encoder*'))]
     project = lambda c: c.get('projection_dim', 0)*('WithProjection' in c.get('architectures', [''])[0])
     text = tuple((c['hidden_size'], c['num_hidden_layers'], c['vocab_size'], project(c)) for c in encs)
@@ -122,8 +122,6 @@ class Cost:
     peak: float  # GiB alive at most
 
 # %% ../../nbs/03_models/14_counting.ipynb #076ce65c
-def _drop(p): p.grad = None  # gradients are accounted for with the optimizer
-
 def _attention(q, k, v, *args, **kwargs):
     return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, torch.is_grad_enabled())[0]
 
@@ -135,10 +133,13 @@ def fused():
     try: yield
     finally: functional.scaled_dot_product_attention = own
 
-# %% ../../nbs/03_models/14_counting.ipynb #980d5906
+# %% ../../nbs/03_models/14_counting.ipynb #63bf0763
 def _attention_backward(grad, q, k, v, *args, out_val=None, **kwargs):
     "Four products; that the fused operation also recomputes its weights is not counted"
     return 8*q[0]*q[1]*q[2]*k[2]*q[3]
+
+# %% ../../nbs/03_models/14_counting.ipynb #980d5906
+def _drop(p): p.grad = None  # gradients are accounted for with the optimizer
 
 def count(f, # Makes a tensor from tensors on the meta device
           net, # The network it calls
@@ -198,7 +199,7 @@ def _counted(model, px, rank, layers, checkpointing, dtype):
 
 # %% ../../nbs/03_models/14_counting.ipynb #4661c381
 def unet_cost(
-    model:str, # sdxl, sd15, shapes, or a folder
+    model:str, # As for `anatomy`
     px:int=None, # Picture side; None: what the model was made for
     rank:int=None, # Of LoRA; 0: every weight learns; None: nothing learns
     layers:str='linear', # What LoRA adapts: attention, or linear
@@ -234,7 +235,7 @@ def _vae_counted(model, px, way, grad, dtype, other):
 
 # %% ../../nbs/03_models/14_counting.ipynb #c51242cb
 def vae_cost(
-    model:str, # sdxl, sd15, shapes, or a folder
+    model:str, # As for `anatomy`
     px:int=None, # Picture side; None: what the model was made for
     way:str='decode', # Or encode
     grad:bool=False, # Keep the graph to the latents, as for a reward with gradients

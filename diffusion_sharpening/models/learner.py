@@ -7,7 +7,7 @@ __all__ = ['Learner']
 
 # %% ../../nbs/03_models/08_learner.ipynb #dc3d8d7f
 from fastcore.basics import patch
-from .policies import Policies, targets
+from .policies import ATTENTION, Policies
 from .sharding import gather, shard
 
 # %% ../../nbs/03_models/08_learner.ipynb #2965b5e8
@@ -37,7 +37,7 @@ class Learner:
 def add_lora(self:Learner,
     rank:int=16, # Inner size of the product
     alpha:float=None, # The change is multiplied by `alpha/rank`; None: by 1
-    targets=targets, # Layers to adapt: ends of their names
+    targets=ATTENTION, # Layers to adapt: ends of their names
     name:str='policy', # Name of the adapter
     trainable:bool=True, # Does it learn?
     seed:int=0 # Seed of its random start

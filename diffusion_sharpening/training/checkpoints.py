@@ -62,7 +62,7 @@ def checkpoints(folder # Where the checkpoints of a run lie
     "The checkpoints of a run, whole or not"
     found = {}
     for p in sorted(Path(folder).glob('*')):             # `.old-…` before `step-…`
-        m = re.fullmatch(r'(\.old|step)-(\d{8,})', p.name)
+        m = re.fullmatch(r'(\.old\d*|step)-(\d{8,})', p.name)
         if m and (m[1] == 'step' or (p/'manifest.json').is_file()): found[int(m[2])] = p
     return [found[k] for k in sorted(found)]
 
@@ -86,6 +86,7 @@ def _newest(folder, read,
         except CheckpointError as e: say(f'{e}; trying the one before')
     if found: raise CheckpointError(f'checkpoint: none of the {len(found)} in {folder} is whole')
 
+# %% ../../nbs/12_training/04_checkpoints.ipynb #8dc53c35
 def latest(folder, # Where the checkpoints of a run lie
            say=print # Told of each one that is not whole
           )->Path: # The newest whole one; None if there are none at all, `CheckpointError` if none is whole
@@ -136,7 +137,8 @@ def _is_whole(path):
     return True
 
 # %% ../../nbs/12_training/04_checkpoints.ipynb #d184f3f1
-_own = re.compile(r'manifest\.json|record\.json|\w+\.safetensors')
+# `.tmp…` is what safetensors writes before it gives a file its name
+_own = re.compile(r'manifest\.json|record\.json|\w+\.safetensors|\.tmp\w+')
 
 def _clear(dir): # Remove the files of a checkpoint and their folder, unless something else is in it
     inside = sorted(dir.iterdir())
@@ -145,13 +147,16 @@ def _clear(dir): # Remove the files of a checkpoint and their folder, unless som
     dir.rmdir()
 
 # %% ../../nbs/12_training/04_checkpoints.ipynb #2f5975f5
-def _beside(path, kind): return path.with_name(f".{kind}-{path.name.split('-')[1]}")
+def _beside(path, kind): # A free place beside a checkpoint, cleared of what a kill has left there
+    for i in range(10**6):
+        place = path.with_name(f".{kind}{i or ''}-{path.name.split('-')[1]}")
+        if place == path: return path
+        if place.is_dir(): _clear(place)
+        if not os.path.lexists(place): return place
 
 def _hide(path): # Out of sight; where it lies now
     old = _beside(path, 'old')
-    if old == path: return path
-    if old.is_dir(): _clear(old)
-    os.replace(path, old)
+    if old != path: os.replace(path, old)
     return old
 
 # %% ../../nbs/12_training/04_checkpoints.ipynb #bdc1d609
@@ -163,7 +168,7 @@ def _prune(folder,
            keep): # Remove what is whole and older than the newest `keep`, and what a kill has left of others
     whole = [p for p in checkpoints(folder) if _is_whole(p)]
     for p in whole[:-max(1, keep)]: _remove(p)
-    left = [p for p in folder.glob('.*') if re.fullmatch(r'\.(old|part)-\d{8,}', p.name)]
+    left = [p for p in folder.glob('.*') if re.fullmatch(r'\.(old|part)\d*-\d{8,}', p.name)]
     for p in left:
         if p not in checkpoints(folder): _clear(p)
 
@@ -185,18 +190,18 @@ def save_checkpoint(
 )->Path: # The new checkpoint, `folder/step-00000012`; `CheckpointError` if it cannot be written
     "Write one checkpoint, all of it or nothing"
     folder = Path(folder)
-    final = folder/f'step-{step:08d}'; part = _beside(final, 'part')
+    final, part = folder/f'step-{step:08d}', None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _room(folder, tensors)
-        if part.is_dir(): _clear(part)
+        part = _beside(final, 'part')
         part.mkdir()
         _write(part, tensors, record)
         _make_room(final)
         os.replace(part, final); _flush(folder)
         _prune(folder, keep)
     except (OSError, SafetensorError) as e:
-        if part.is_dir(): _clear(part)
+        if part and part.is_dir(): _clear(part)
         raise CheckpointError(f'checkpoint: cannot write {final} ({e}); '
                               'what was saved before is untouched') from None
     return final

@@ -7,27 +7,27 @@ __all__ = ['MARGIN', 'AT_ONCE', 'ROWS', 'MODEL', 'StandIn', 'evaluations', 'memo
            'evaluation_chunk', 'units_of', 'work_of', 'evaluation_of', 'plan_rows', 'plan', 'plan_table', 'measured',
            'Plan']
 
-# %% ../../nbs/12_training/06_plan.ipynb #a2b0d514
+# %% ../../nbs/12_training/06_plan.ipynb #bc064970
 import math, torch
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from ..models.cond import Cond
-from ..data.sources import Pictures, Prompts
+from ..data.sources import Columns
+from ..methods.protocol import noise_columns
 from ..models.denoiser import Denoiser
 from ..rewards.protocol import Reward
 from ..maths.samplers import time_grid
 from ..maths.schedules import VP
 from ..basics.console import columns
 from ..basics.devices import Device, device_here, device_of
-from ..basics.words import one_of
 from ..models.counting import (
     Cost, Live, anatomy, picture_side, text_params, unet_cost, vae_cost)
 from .loop import Callback
 from .run import Run, settings
 from ..basics.seeds import START, noise
-from ..worlds.world import WORLDS, usual_guidance
+from ..worlds.world import WORLDS, model_path, usual_guidance
 
 # %% ../../nbs/12_training/06_plan.ipynb #a0e2f205
 class StandIn(Denoiser):
@@ -61,7 +61,7 @@ class StandIn(Denoiser):
     def blend_adapter(self, src, dst, rate): pass
     def trainable(self): return []
 
-# %% ../../nbs/12_training/06_plan.ipynb #8b00044d
+# %% ../../nbs/12_training/06_plan.ipynb #90385fba
 class _Any(Reward):
     name, differentiable = 'any', True
     def score(self, images, prompts): return torch.rand(len(images))
@@ -72,8 +72,7 @@ def evaluations(run:Run, method, # Settings, and the method
                )->dict: # Evaluations and decodes, means per batch; copies of weights; pictures in one call
     "What one batch of a method asks for"
     d, judge, texts = StandIn(guidance, run.rank == 0), _Any(), ['a prompt']*run.batch
-    source = (Pictures(d, texts, torch.zeros(run.batch, *d.item), run.batch, run.seed) if method.needs_images
-              else Prompts(d, texts, run.batch, run.seed))
+    source = Columns(d, texts, noise_columns(method, d.item, run.batch), run.batch, run.seed)
     method.start(d)
     for k in range(batches):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -170,8 +169,8 @@ ROWS = dict(
     seconds=('s', 'per batch'), images_per_second=('1/s', 'candidates'), mfu=('', 'share of the peak'),
     hours=('h', 'all batches, and the evaluation'))
 
-# %% ../../nbs/12_training/06_plan.ipynb #865ae228
-def units_of(model:str, # sdxl, sd15, an embedded model, or the folder of a pipeline
+# %% ../../nbs/12_training/06_plan.ipynb #26ffa056
+def units_of(model:str, # sdxl, sd15, or the folder of a pipeline
              px:int, # Picture side
              run:Run, # Its LoRA, precision and checkpointing count
              vae:str=None # Folder or name of a cheaper autoencoder for scoring
@@ -254,7 +253,7 @@ def _times(run, method, tflop, once, seconds, peak, share): # What is known of t
     return dict(seconds=seconds, images_per_second=getattr(method, 'n', 1)*run.batch/seconds,
                 hours=(whole + beside)/3600, mfu=tflop/seconds/peak if peak else None)
 
-# %% ../../nbs/12_training/06_plan.ipynb #95972df0
+# %% ../../nbs/12_training/06_plan.ipynb #64bd008f
 MODEL = next(k for w in WORLDS.values() for k in w.models) # The first embedded model
 
 def plan(model:str=MODEL, # sdxl, sd15, an embedded model, or the folder of a pipeline
@@ -272,13 +271,14 @@ def plan(model:str=MODEL, # sdxl, sd15, an embedded model, or the folder of a pi
         )->list: # One dict per row: name, value, unit, about
     "What a training would cost, without training"
     run, made = settings(method, preset, **changes)
-    dev, px = device if isinstance(device, Device) else device_of(device), picture_side(model, px)
+    folder, dev = model_path(model), device if isinstance(device, Device) else device_of(device)
+    px = picture_side(folder, px)
     if batch_seconds is not None and not batch_seconds > 0:
         raise ValueError(f'batch_seconds: expected a positive time, found {batch_seconds}')
     if world < 1 or run.batch % world:
         raise ValueError(f'world: expected processes that share a batch of {run.batch} evenly, found {world}')
     what = f'{method} ({preset}) of {Path(model).name}, {px} px'
-    return plan_rows(what, run, made, *units_of(model, px, run, vae), dev, guidance or usual_guidance(model),
+    return plan_rows(what, run, made, *units_of(folder, px, run, vae), dev, guidance or usual_guidance(model),
                      batch_seconds, share, world, heldout, S_eval)
 
 # %% ../../nbs/12_training/06_plan.ipynb #f509f359

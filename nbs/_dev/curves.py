@@ -42,7 +42,7 @@ def held_out_pairs(net, judge, prompts, n=4, S=20):
     R, _ = judged(net, judge, x0, prompts)
     return [pick(x0, i) for i in pair(R)], seeds, cond
 
-def margin(net, winners_losers, seeds, cond, looks=4, S=20):
+def margin(net, winners_losers, seeds, cond, looks=2, S=20):
     "How much more the error fell on winners than on losers `(N,)`, mean over `looks` times and noises"
     def fell(x0, u):
         t = asked_times(net.grid(S), seeds, u)
@@ -74,11 +74,11 @@ class Watch(Callback):
         said = ', '.join(f'{k} {v.mean():.4g}' for k, v in scores.items())
         print(f'  update {self.rows[-1]["update"]:>3}: {said}', flush=True)
 
-def one(arm, a, world, judge, prompts):
+def base(): return Denoiser.from_pretrained(model_path(WORLD), guidance=1., device='cpu')
+
+def one(arm, a, world, judge, prompts, pairs):
     "Train one method and watch it"
-    name, preset = arm
-    net = Denoiser.from_pretrained(model_path(WORLD), guidance=1., device='cpu')
-    pairs = held_out_pairs(net, judge, prompts)
+    (name, preset), net = arm, base()
     run, method = settings(name, preset, batch=a.batch, seed=a.seed, ema=0., warmup=5)
     if a.updates % method.updates:
         raise SystemExit(f'updates: expected a multiple of {method.updates} for {name}')
@@ -99,7 +99,7 @@ def main():
     p.add_argument('--updates', type=int, default=50)
     p.add_argument('--every', type=int, default=10, help='updates between two measurements')
     p.add_argument('--batch', type=int, default=4, help='prompts of a batch')
-    p.add_argument('--prompts', type=int, default=120, help='held-out captions')
+    p.add_argument('--prompts', type=int, default=60, help='held-out captions')
     p.add_argument('--seed', type=int, default=0)
     p.add_argument('--dry', action='store_true', help='write no summary')
     a = p.parse_args()
@@ -108,9 +108,10 @@ def main():
     quiet()
     world, judge, found = WORLDS[WORLD], load_reward('clip', WORLD), {}
     prompts = world.prompts(a.prompts, 'heldout', 0)
+    pairs = held_out_pairs(base(), judge, prompts)
     for name, arm in todo.items():
         print(name, flush=True)
-        found[name] = one(arm, a, world, judge, prompts)
+        found[name] = one(arm, a, world, judge, prompts, pairs)
     if not a.dry:
         write('curves', vars(a) | dict(model=WORLD, reward=judge.name, exam=world.exam.name, arms=found))
 

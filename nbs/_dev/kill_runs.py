@@ -3,9 +3,9 @@
 `python nbs/_dev/kill_runs.py [METHOD …] [--runs 20]`
 
 Every method with every preset of the catalogue, or the methods named. Each run is a forked process that gets
-SIGKILL after a random delay, again and again until it comes to its end. It must end in the weights, averages,
-optimizer moments, method state and history of the run that was left alone. The summary goes to
-data/results/kill_runs.json (not with --dry)."""
+SIGKILL after a random time of its processor, again and again until it comes to its end. It must end in the
+weights, averages, optimizer moments, method state and history of the run left alone. The summary goes
+to data/results/kill_runs.json (not with --dry)."""
 import argparse, hashlib, json, os, random, signal, sys, tempfile, time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,8 +15,9 @@ torch.set_num_threads(1)
 from diffusion_sharpening.basics.words import one_of
 from diffusion_sharpening.commands.load import quiet
 from results import write
-from diffusion_sharpening.data.sources import Pictures, Prompts
+from diffusion_sharpening.data.sources import Columns, Pictures
 from diffusion_sharpening.methods.catalog import METHODS, find, presets
+from diffusion_sharpening.methods.protocol import noise_columns
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.rewards.protocol import Reward
@@ -31,7 +32,7 @@ TEXTS = ['a cat', 'a dog', 'a tree', 'a house']
 SMALL = dict(n=2, m=2, S=3)          # of a method, where it has such a setting
 
 class Bright(Reward):
-    name = 'bright'
+    name, differentiable = 'bright', True
     def score(self, images, prompts): return images.mean((1, 2, 3))
 
 def arms(names):
@@ -48,17 +49,18 @@ def arms(names):
 
 def source(net, method, run):
     "Prompts, with pictures where the method learns from them"
-    if not method.needs_images: return Prompts(net, TEXTS, run.batch, run.seed)
+    if not method.needs_images:
+        made = noise_columns(method, net.item, len(TEXTS))
+        return Columns(net, TEXTS, made, run.batch, run.seed)
     pictures = torch.rand(len(TEXTS), 3, *net.size, generator=torch.Generator().manual_seed(0))
     return Pictures(net, TEXTS, net.latents(pictures), run.batch, run.seed)
 
-def run_once(arm, model, out, steps):
+def run_once(arm, net, out, steps):
     "One sitting of a run, from its newest checkpoint to its end"
     name, preset = arm
     known = {f.name for f in fields(find(name, preset)())}
     small = {k: v for k, v in SMALL.items() if k in known}
     run, method = settings(name, preset, steps=steps, batch=2, rank=2, checkpoint_every=1, **small)
-    net = Denoiser.from_pretrained(model, guidance=1., device='cpu')
     about, at = dict(model='tiny', reward='bright'), out/'checkpoints'
     with taken(out, new=False):
         again, asked = bool(read_run(out)), dict(method=name, preset=preset, steps=steps)
@@ -66,8 +68,13 @@ def run_once(arm, model, out, steps):
                   Checkpoint(at, about, dict(asked=asked), resume=True)]
         train(net, method, Bright(), source(net, method, run), run, beside)
 
+def processor_seconds(pid):
+    "Processor time a child has used (Linux), so that a busy machine moves no kill; None once it has ended"
+    try: return time.clock_gettime((~pid << 3) | 2)
+    except OSError: return None
+
 def sitting(*run, out, delay=None):
-    "Run in a child; True if it came to its end before it was killed"
+    "Run in a child; its processor seconds if it came to its end before it was killed, else False"
     pid = os.fork()
     if pid == 0:
         sys.stdout = sys.stderr = open(out.with_suffix('.txt'), 'w')
@@ -77,13 +84,14 @@ def sitting(*run, out, delay=None):
         except BaseException as e:
             print(f'{type(e).__name__}: {e}', flush=True)
             os._exit(1)
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(pid, signal.SIGKILL)
-    status = os.waitpid(pid, 0)[1]
+    while delay is not None and (used := processor_seconds(pid)) is not None:
+        if used > delay: os.kill(pid, signal.SIGKILL)
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT): break
+        time.sleep(.003)
+    status, usage = os.wait4(pid, 0)[1:]
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
         raise SystemExit(f'a run of {run[0]} failed by itself: {out.with_suffix(".txt").read_text()[-500:]}')
-    return os.WIFEXITED(status)
+    return os.WIFEXITED(status) and usage.ru_utime + usage.ru_stime
 
 def digest(out):
     "The bits a run ended in: all tensors but the random states, the history and the counters"
@@ -98,17 +106,25 @@ def digest(out):
     h.update((out/'metrics.jsonl').read_bytes())
     return h.hexdigest()
 
-def kill_arm(arm, model, d, runs, steps, rng):
+def kill_arm(arm, net, d, runs, steps, rng):
     "How many of `runs` killed runs end as the one left alone, and how often they were killed"
-    sitting(arm, model, d/'warm', 1, out=d/'warm')                     # files and caches
-    t = time.time()
-    sitting(arm, model, d/'whole', steps, out=d/'whole')
-    length, want, same, kills = time.time() - t, digest(d/'whole'), 0, 0
+    sitting(arm, net, d/'warm', 1, out=d/'warm')                     # files and caches
+    length = sitting(arm, net, d/'whole', steps, out=d/'whole')
+    want, same, kills = digest(d/'whole'), 0, 0
     for i in range(runs):
         out = d/f'run{i}'
-        while not sitting(arm, model, out, steps, out=out, delay=rng.uniform(.05, 1.1)*length): kills += 1
+        while not sitting(arm, net, out, steps, out=out, delay=rng.uniform(.05, 1.1)*length): kills += 1
         same += digest(out) == want
     return dict(runs=runs, identical=same, kills=kills)
+
+def report(found, a, seconds):
+    "Sums over the methods that are done, written as they are (not with --dry)"
+    total = {k: sum(r[k] for r in found.values()) for k in ('runs', 'identical', 'kills')}
+    line = (f"{total['identical']} of {total['runs']} runs ended bit-identical to the uninterrupted one; "
+            f"{total['kills']} kills; {seconds:.0f} s")
+    total |= dict(batches=a.steps, seconds=round(seconds, 1), summary=line, arms=found)
+    if not a.dry: write('kill_runs', total)
+    return total
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -125,9 +141,10 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         tiny_sdxl(d/'model')
+        net = Denoiser.from_pretrained(d/'model', guidance=1., device='cpu')     # each child has its own copy
         for i, (name, arm) in enumerate(todo.items()):
             (d/f'arm{i}').mkdir()
-            found[name] = r = kill_arm(arm, d/'model', d/f'arm{i}', a.runs, a.steps, rng)
+            found[name] = r = kill_arm(arm, net, d/f'arm{i}', a.runs, a.steps, rng)
             print(f"{name:28}{r['identical']:>4} of {r['runs']} bit-identical{r['kills']:>6} kills",
                   flush=True)
     total = {k: sum(r[k] for r in found.values()) for k in ('runs', 'identical', 'kills')}

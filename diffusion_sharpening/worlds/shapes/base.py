@@ -18,6 +18,7 @@ def to_unit(ims:torch.Tensor # uint8 pictures
     "Pictures as an autoencoder takes them"
     return ims.float()/127.5 - 1
 
+# %% ../../../nbs/05_worlds/shapes/03_base.ipynb #8b1408cc
 def crops(y:torch.Tensor, # Pictures `(B, 3, H, W)`
           size:int, # Side of the crops, a multiple of 8
           g:torch.Generator # Source of chance
@@ -29,6 +30,7 @@ def crops(y:torch.Tensor, # Pictures `(B, 3, H, W)`
     ys = (at//W + jit[0] - size//2).clamp(0, H-size); xs = (at % W + jit[1] - size//2).clamp(0, W-size)
     return torch.stack([p[:, a:a+size, b:b+size] for p, a, b in zip(y, ys.tolist(), xs.tolist())])
 
+# %% ../../../nbs/05_worlds/shapes/03_base.ipynb #72f9ee04
 def autoencoder_loss(ims:torch.Tensor, # uint8 pictures `(n, 3, H, W)`
                      until:int=0, # Crops before this update, whole pictures after
                      batch:int=32, # Crops; a quarter as many whole pictures
@@ -58,6 +60,7 @@ def shapes_autoencoder(seed:int=0 # Of the random weights
         block_out_channels=(16, 48, 96, 96), layers_per_block=1, latent_channels=12, norm_num_groups=8,
         sample_size=64, mid_block_add_attention=False).to(memory_format=torch.channels_last)
 
+# %% ../../../nbs/05_worlds/shapes/03_base.ipynb #630c7566
 @torch.no_grad()
 def encode_all(vae, # `AutoencoderKL`
                ims:torch.Tensor, # uint8 pictures `(n, 3, 64, 64)`
@@ -68,6 +71,7 @@ def encode_all(vae, # `AutoencoderKL`
     z = [one(x) for x in ims.split(chunk)]
     return torch.cat(z).contiguous()*vae.config.scaling_factor
 
+# %% ../../../nbs/05_worlds/shapes/03_base.ipynb #106c6646
 @torch.no_grad()
 def whiten(vae, # `AutoencoderKL`, changed in place
            z:torch.Tensor, # Latents as it gives them now, `(n, C, h, w)`
@@ -83,6 +87,7 @@ def whiten(vae, # `AutoencoderKL`, changed in place
     p.bias += p.weight[:,:,0,0] @ mean; p.weight[:,:,0,0] = p.weight[:,:,0,0] @ back
     vae.register_to_config(scaling_factor=1.)
 
+# %% ../../../nbs/05_worlds/shapes/03_base.ipynb #aacfe8fa
 def train_autoencoder(ims:torch.Tensor, # uint8 pictures `(n, 3, 64, 64)`
                       work, # Folder of the run
                       steps:int=4500 # Updates
@@ -109,6 +114,7 @@ def shapes_sdxl(dir, # Folder to save to
                      words=words,
                      max_length=20, latent_channels=12, sample_size=8, prediction='v_prediction', seed=seed)
 
+# %% ../../../nbs/05_worlds/shapes/03_base.ipynb #8ee8df18
 def token_ids(tok, # `CLIPTokenizer`
               texts:list # Captions
              )->torch.Tensor: # `(n, length)`
@@ -116,6 +122,7 @@ def token_ids(tok, # `CLIPTokenizer`
     return tok(texts, padding='max_length', max_length=tok.model_max_length, truncation=True,
                return_tensors='pt').input_ids
 
+# %% ../../../nbs/05_worlds/shapes/03_base.ipynb #390c5aa7
 class Trainee(torch.nn.Module):
     "U-Net and text encoders of an SDXL pipeline, trained together"
     def __init__(self, pipe):
@@ -151,6 +158,7 @@ def base_loss(latents:torch.Tensor, # `(n, C, h, w)`
         return F.mse_loss(v, target(sch, x0, eps, t, 'v_prediction'))
     return loss
 
+# %% ../../../nbs/05_worlds/shapes/03_base.ipynb #89ffa9b8
 def train_base(latents:torch.Tensor, # `(n, 12, 8, 8)`
                texts:list, # Their captions
                vae, # The trained autoencoder

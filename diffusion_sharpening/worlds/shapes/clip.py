@@ -18,8 +18,10 @@ from .draw import (
 
 # %% ../../../nbs/05_worlds/shapes/04_clip.ipynb #41e4def9
 _VALUES = dict(shape=SHAPES, colour=list(COLOURS), texture=TEXTURES, size=list(SIZES))
+
 _OPPOSITE = {'to the left of': 'to the right of', 'above': 'below',
              'bigger than': 'smaller than', 'inside': 'touching'}
+
 _OPPOSITE |= {v: k for k, v in _OPPOSITE.items()}
 
 def _changed(rng, spec):
@@ -35,6 +37,7 @@ def _swapped(rng, spec):
     k = rng.choice(ks)
     return Spec((replace(a, **{k: getattr(b, k)}), replace(b, **{k: getattr(a, k)}), *rest), spec.relation)
 
+# %% ../../../nbs/05_worlds/shapes/04_clip.ipynb #6d88aa59
 def _miss(spec, rng):
     u, out = rng.random(), None
     if spec.relation and u < .5: out = replace(spec, relation=_OPPOSITE[spec.relation])
@@ -55,6 +58,7 @@ CONFIG = dict(
     embed_dim=128, vision_cfg=dict(image_size=64, patch_size=8, width=128, layers=4, head_width=32),
     text_cfg=dict(context_length=20, vocab_size=0, width=128, heads=4, layers=3,
                   hf_tokenizer_name='shapes', tokenizer_kwargs={}))
+
 STATS = dict(size=64, mode='RGB', mean=(.5, .5, .5), std=(.5, .5, .5), interpolation='bicubic',
              resize_mode='shortest', fill_color=0)
 
@@ -74,6 +78,7 @@ def write_tokenizer(dir # Folder of the model
                             eos_token='<end>', model_max_length=20).save_pretrained(dir)
     return len(vocab)
 
+# %% ../../../nbs/05_worlds/shapes/04_clip.ipynb #f430cf5e
 def new_clip(dir, # Folder that gets tokenizer and config
              seed:int=0 # Of the random weights
             ): # open_clip's `CLIP`, untrained
@@ -95,6 +100,7 @@ def both_ways(logits:torch.Tensor, # Pictures × captions
     l, own = logits.masked_fill(same, -1e4), torch.arange(len(words))
     return .5*F.cross_entropy(l, own) + .5*F.cross_entropy(l.T, own)
 
+# %% ../../../nbs/05_worlds/shapes/04_clip.ipynb #b3f542d9
 def clip_loss(ims:torch.Tensor, # uint8 pictures `(n, 3, 64, 64)`
               recon:torch.Tensor, # The same pictures through the autoencoder
               texts:list, # Captions

@@ -46,6 +46,7 @@ class Thing:
         "The attributes that are not left open"
         return {k: v for k in ('shape', 'colour', 'texture', 'size') if (v := getattr(self, k))}
 
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #3283cd74
 @dataclass(frozen=True)
 class Spec:
     "What a caption demands: one to three things and at most one relation between the first two"
@@ -59,7 +60,9 @@ class Spec:
 
 # %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #61c2e8bf
 _WORDS = dict.fromkeys(SIZES, 'size') | dict.fromkeys(TEXTURES, 'texture')
+
 _WORDS |= dict.fromkeys(COLOURS, 'colour') | dict.fromkeys(SHAPES, 'shape')
+
 _RELATION = re.compile(r' (' + '|'.join(SPATIAL + NON_SPATIAL) + r') ')
 
 def _thing(phrase, text):
@@ -75,6 +78,7 @@ def _thing(phrase, text):
     if not o.shape: raise ValueError(f"{here}: {phrase!r} names no shape (one of {', '.join(SHAPES)})")
     return o
 
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #a5f66a45
 def parse(text:str # A caption of the Shapes grammar
          )->Spec: # ValueError names the word that does not fit
     "Turn a caption into the `Spec` it states"
@@ -103,6 +107,7 @@ def held_out(text:str # A caption
     "Whether a caption belongs to the held-out split: a held-out pair, or one in five by checksum"
     return any(_pairs(o) & HELD_OUT for o in parse(text).things) or sum(map(ord, text)) % 5 == 0
 
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #e5ed6ddd
 def _draw_spec(rng, cat):
     two = rng.sample(SHAPES, 2) if cat in ('shape', 'spatial', 'non-spatial') else rng.choices(SHAPES, k=2)
     cols, tex = rng.sample(list(COLOURS), 3), rng.sample(TEXTURES, 2)
@@ -116,6 +121,7 @@ def _draw_spec(rng, cat):
     coloured = rng.random() < .5
     return Spec(tuple(Thing(s, c if coloured else None) for s, c in zip(two, cols)), rel)
 
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #9fafb60e
 def _draw_complex(rng, cols):
     some = lambda v: v if rng.random() < .6 else None
     rel = rng.choice(SPATIAL + ['inside', 'touching', None, None])
@@ -183,6 +189,7 @@ def _fill(rng, spec, split):
                replace(out[1], size='large', r=rng.uniform(18, 22))]
     return out
 
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #8721868f
 def _apart(a, b):
     "A lower bound of the gap between two outlines, by enclosing circles or boxes"
     reach = lambda o: o.r*{'square': 1.28, 'heart': 1.15, 'triangle': 1.32, 'cross': 1.07}.get(o.shape, 1.)
@@ -212,6 +219,7 @@ def _heart(n=60):
     return [(math.sin(t)**3, -up(t)/15.5 - .12) for t in ts]
 
 _w = .36
+
 OUTLINES = dict(circle=_regular(48, 0), square=[(-.9,-.9), (.9,-.9), (.9,.9), (-.9,.9)],
                 triangle=[(0,-1), (1,.85), (-1,.85)], star=_regular(5, 0, .48), heart=_heart(),
                 cross=[(-_w,-1), (_w,-1), (_w,-_w), (1,-_w), (1,_w), (_w,_w),
@@ -222,6 +230,7 @@ def outline(o:Thing # A placed thing
     "The polygon of a thing"
     return np.array(OUTLINES[o.shape])*o.r + (o.x, o.y)
 
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #1a434284
 def mask(o:Thing, # A placed thing
          ss:int=4 # Samples per pixel and axis
         )->np.ndarray: # Coverage `(64·ss, 64·ss)`, boolean
@@ -230,6 +239,7 @@ def mask(o:Thing, # A placed thing
     ImageDraw.Draw(im).polygon([tuple(p) for p in outline(o)*ss - .5], fill=1)
     return np.asarray(im)
 
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #44640424
 def _slide(a, b):
     "Move `b` straight towards `a` until they overlap by less than a pixel"
     d = math.hypot(a.x-b.x, a.y-b.y); ux, uy = (a.x-b.x)/d, (a.y-b.y)/d
@@ -271,6 +281,7 @@ def fill(texture:str, # One of `TEXTURES`
     if texture == 'checkered': return (np.floor(x/5.5) + np.floor(y/5.5)) % 2 == 1
     return ((x+3.5) % 7 - 3.5)**2 + ((y+3.5) % 7 - 3.5)**2 < 2.1**2
 
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #0ab38b32
 def render(things:list, # Placed things, later ones in front
            ground:float=.93, # Grey level of the background
            ss:int=4 # Samples per pixel and axis
@@ -284,6 +295,7 @@ def render(things:list, # Placed things, later ones in front
         im[m] = col*np.where(dark, .42, 1.)[m][:,None]
     return torch.from_numpy(im.reshape(PX, ss, PX, ss, 3).mean((1, 3))).permute(2, 0, 1)
 
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #273f934a
 def picture(text:str, # A caption of the Shapes grammar
             seed:int=0, # Same seed, same picture
             split:str='train' # `train` never draws a held-out pair

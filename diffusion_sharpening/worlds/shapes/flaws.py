@@ -31,6 +31,7 @@ def missed(text:str, # A caption of the training split
         if not held_out(out): return out
     return near_miss(text, rng)
 
+# %% ../../../nbs/05_worlds/shapes/05_flaws.ipynb #05edf9b2
 def near_pictures(texts:list, # Captions of the training split
                   seed:int=3 # Same seed, same pictures
                  )->tuple: # uint8 pictures `(n, 3, 64, 64)` and their captions
@@ -81,6 +82,7 @@ class Flaws:
                        torch.where(plain(), self.near[idx], self.near_seen[idx]), self.made[idx]])
         return to_unit(x) + .04*torch.randn(x.shape, generator=g)
 
+# %% ../../../nbs/05_worlds/shapes/05_flaws.ipynb #44b4115c
 def _first(logits):
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long), reduction='none')
 
@@ -124,6 +126,7 @@ def flaws(model:Denoiser, # Whose flaws; its autoencoder made the latents
     d = kept(Path(work)/'flaws.safetensors', make)
     return Flaws(ims, seen, texts, d['near'], d['near_seen'], words, d['made'], d['start'])
 
+# %% ../../../nbs/05_worlds/shapes/05_flaws.ipynb #005cf370
 def train_on_flaws(clip, # Folder of the CLIP after its first training, which is replaced by the trained one
                    data:Flaws,
                    work, # Folder of the run
