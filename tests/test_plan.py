@@ -52,7 +52,7 @@ def values(rows): return {r['name']: r['value'] for r in rows}
 def small_for(name, preset, **more):
     "Small settings, those that the method has"
     have = {f.name for f in (*fields(Run), *fields(find(name, preset)()))}
-    return {k: v for k, v in (small | dict(m=2) | more).items() if k in have}
+    return {k: v for k, v in (small | dict(m=2, K=2) | more).items() if k in have}
 
 
 def metered(d):
@@ -341,8 +341,8 @@ def test_plan_and_train_print_the_same_table(folders, cheap, tmp_path, capsys):
 def test_a_run_that_does_not_fit_says_what_would(folders, tmp_path, capsys, monkeypatch):
     "And the settings it names do fit; nothing is written"
     from diffusion_sharpening.commands import cli, train as command
-    rows = values(plan(str(folders/'xl'), 'rlhf', 'paper', batch=8, n=8, S=4, heldout=2, S_eval=1))
-    less = replace(device_here(), memory=.8*rows['memory'])
+    rows = values(plan(str(folders/'xl'), 'rlhf', 'paper', batch=8, n=8, S=4, micro=1, heldout=2, S_eval=1))
+    less = replace(device_here(), memory=1.1*rows['memory'])
     monkeypatch.setattr(command, 'device_here', lambda *a: less)
     args = ['train', 'rlhf', '--preset', 'paper', '--model', str(folders/'xl'), '--reward', 'clip@shapes', '--heldout',
             '2', '--S-eval', '1', '--steps', '1', '--out', str(tmp_path/'run'), '--set', 'batch=8', 'n=8', 'S=4']

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'KINDS', 'Argument', 'ARGUMENTS', 'Command', 'found', 'arguments', 'Parser', 'text', 'about', 'parser',
-           'usage', 'settings_of', 'help_of', 'run', 'Ended', 'ending', 'exit_code', 'main']
+           'usage', 'settings_of', 'help_of', 'run', 'Ended', 'ending', 'warnings_in_a_line', 'exit_code', 'main']
 
 # %% ../../nbs/13_commands/14_cli.ipynb #81734269
-import argparse, ast, importlib, io, json, os, signal, sys, threading, tokenize
+import argparse, ast, importlib, io, json, os, signal, sys, threading, tokenize, warnings
 import diffusion_sharpening
 from collections import namedtuple
 from contextlib import contextmanager
@@ -215,6 +215,18 @@ def ending():
     finally:
         for s, h in old.items(): signal.signal(s, h)
 
+# %% ../../nbs/13_commands/14_cli.ipynb #54dd834c
+@contextmanager
+def warnings_in_a_line():
+    "Within the block a warning to users is one line on stderr"
+    was = warnings.showwarning
+    def show(message, category, *where, **more):
+        if category is not UserWarning: return was(message, category, *where, **more)
+        print('warning:', ' '.join(str(message).split()), file=sys.stderr)
+    warnings.showwarning = show
+    try: yield
+    finally: warnings.showwarning = was
+
 # %% ../../nbs/13_commands/14_cli.ipynb #ae6504dd
 def _closed_pipe(): # Nobody reads any more: nothing may be written at exit either
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -225,7 +237,7 @@ def exit_code(argv:list # Arguments without the program's name
              )->int: # 0; 2: wrong input; 1: the machine refuses; 128 + n: signal n
     "Run one command, and say in one line what goes wrong"
     try:
-        with ending(): code = run(argv)
+        with ending(), warnings_in_a_line(): code = run(argv)
         sys.stdout.flush()
         return code
     except BrokenPipeError: return _closed_pipe()

@@ -6,7 +6,6 @@
 __all__ = ['write_pictures', 'sample', 'said']
 
 # %% ../../nbs/13_commands/09_sample.ipynb #e3d9bb70
-import torch
 from pathlib import Path
 from torch import Tensor
 from ..basics.files import write_whole

@@ -149,16 +149,17 @@ def _opened(model, images, run): # The user's pairs, every picture looked at
     pairs.check()
     return pairs
 
-# %% ../../nbs/13_commands/08_train.ipynb #a7f4945d
+# %% ../../nbs/13_commands/08_train.ipynb #74e8ce63
 def check_plan(job:Job, # What is planned
                method:str, preset:str, changes:dict, vae:str=None # As for `train`
               )->dict: # Name → value of the plan, which was printed; ValueError if it does not fit
     "Say what a run will cost, and refuse one that does not fit"
     d, world = job.model, int(os.environ.get('WORLD_SIZE', 1))
-    dev, plain = device_here(d.device), {k.rpartition('.')[2]: v for k, v in changes.items()}
+    dev = device_here(d.device)
     def rows(**more):
+        kept = {k: v for k, v in changes.items() if k.rpartition('.')[2] not in more}
         return planned(d.source, method, preset, dev, d.size[1], d.guidance, vae, world,
-                       heldout=len(job.held), S_eval=job.S_eval, **plain | more)
+                       heldout=len(job.held), S_eval=job.S_eval, **kept | more)
     found = rows()
     if first_process(): print(plan_table(found))
     got = {o['name']: o['value'] for o in found}
@@ -345,12 +346,12 @@ def stopped(out:Path, # Folder of the run
           f'go on with: sharpen train {method} --resume {out}')
     return dict(method=method, stopped=s.stop, batches=s.k, heldout_prompts=0)
 
-# %% ../../nbs/13_commands/08_train.ipynb #5d35a2f4
+# %% ../../nbs/13_commands/08_train.ipynb #b37178fa
 def train(
     method:str, # Method: see `sharpen methods`
     model:str=None, # Embedded (`shapes`), a folder, or a name on the Hugging Face Hub; None: embedded
     reward:str='clip', # Reward: name, name@weights or name:weight,… (see `sharpen rewards`)
-    prompts:str=None, # A world, a file (txt, jsonl, csv, parquet; FILE:COLUMN), or hf:owner/name:column; None: the model's world
+    prompts:str=None, # World, file (FILE:COLUMN for tables) or hf:owner/name:column; None: the model's world
     out:str='runs/latest', # Folder for weights, checkpoints, log, pictures and report
     preset:str='default', # Preset of the method
     heldout:int=None, # Prompts measured before and after; None: 240 for embedded models, 24 for others
