@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 
-from diffusion_sharpening.commands import cli, report as reports, train as command
+from diffusion_sharpening.commands import cli, job, report as reports, train as command
 from diffusion_sharpening.evaluation.measure import report
 from diffusion_sharpening.commands.load import load_model
 from diffusion_sharpening.commands.report import table
@@ -142,7 +142,7 @@ class Flawed(Reward):
         return flaws[self.kind]
 
 
-def flawed(monkeypatch, *args): monkeypatch.setattr(command, 'load_reward', lambda *a, **k: Flawed(*args))
+def flawed(monkeypatch, *args): monkeypatch.setattr(job, 'load_reward', lambda *a, **k: Flawed(*args))
 
 
 @pytest.mark.parametrize('heldout', [0, 2])
@@ -411,7 +411,7 @@ def test_each_command(trained, tmp_path, monkeypatch, capsys):
 
 def test_demo(tmp_path, monkeypatch, capsys):
     "Few steps, what it prints and leaves, and that it goes on where it was"
-    monkeypatch.setattr(command, 'heldout_number', lambda n, model: 4)       # its 240 prompts take minutes
+    monkeypatch.setattr(job, 'heldout_number', lambda n, model: 4)       # its 240 prompts take minutes
     assert call(monkeypatch, 'demo', '--steps', 1, '--out', tmp_path/'demo') == 0
     out = capsys.readouterr().out
     assert '4 held-out prompts' in out and 'checker, overall' in out and f'report.json in {tmp_path}/demo' in out
@@ -551,7 +551,7 @@ class Signal(Reward):
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
 def test_a_stopped_run_does_not_exit_0(xl, tmp_path, monkeypatch, capsys, name):
     sig = getattr(signal, name)
-    monkeypatch.setattr(command, 'load_reward', lambda *a, **k: Signal(sig))
+    monkeypatch.setattr(job, 'load_reward', lambda *a, **k: Signal(sig))
     args = ['--model', xl, '--out', tmp_path/'out', '--heldout', 0, '--steps', 5, '--set', *small]
     assert call(monkeypatch, 'train', 'rlhf', *args) == 128 + sig
     assert f'{name}: stopped after batch' in capsys.readouterr().out

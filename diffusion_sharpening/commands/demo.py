@@ -13,13 +13,13 @@ from ..training.folder import read_report, read_run
 # %% ../../nbs/13_commands/13_demo.ipynb #27d804c1
 def demo(
     out:str='demo', # Folder for weights, log, pictures and report
-    steps:int=80, # Batches of the training
+    steps:int=60, # Batches of the training
     seed:int=0 # All chance of the run
 )->dict: # The report
     "Sharpen the embedded model here and now: before, after, and what it took"
     print(f'RLHF-Diffusion-Sharpening of the embedded Shapes model; reward: CLIP score; {steps} batches, '
           f'seed {seed}')
-    asked, again = dict(steps=steps, seed=seed), read_run(out) and not read_report(out)
+    asked, again = dict(steps=steps, seed=seed, decay=1.), read_run(out) and not read_report(out)
     rep = resume('rlhf', out, **asked) if again else train('rlhf', out=out, **asked)
     if 'stopped' in rep: return rep
     print(f"{table(rep)}\n{rep['seconds']:.0f} s; see before_after.png, reward_curve.png and report.json in "

@@ -23,6 +23,7 @@ def evaluate(
     prompts:str=None, # World (its held-out captions), FILE[:COLUMN], hf:owner/name:column; None: the model's world
     n:int=None, # How many prompts; None: 240 for embedded models, 24 for others
     S:int=20, # Sampler steps
+    eta:float=None, # Fresh noise of each step, 0 … 1; None: the world's best measured, 0 for others
     seed:int=0, # Of the start noise
     guidance:float=None, # Classifier-free guidance; None: the model's default
     px:int=None, # Side of the pictures in pixels; None: what the model was made for
@@ -35,7 +36,7 @@ def evaluate(
     prompts = prompts or default_prompts(model)
     texts = prompt_set(prompts, n, 'heldout', seed=1)[:n]
     r = load_reward(reward, world and world.name, train=False)
-    d, asked = load_model(model, guidance, lora, px=px, variant=variant), judges(r, texts, model)
+    d, asked = load_model(model, guidance, lora, px=px, variant=variant, eta=eta), judges(r, texts, model)
     check_judges(asked, texts, d)
     d.say_cut(texts)
     e = measure(d, texts, asked, S, seed=seed)

@@ -10,7 +10,7 @@ import json, os, torch
 from pathlib import Path
 from ..models.denoiser import Denoiser
 from ..models.counting import ALIASES
-from ..worlds.world import WORLDS, model_path, usual_guidance
+from ..worlds.world import WORLDS, model_path, usual_guidance, world_of
 
 # %% ../../nbs/13_commands/03_load.ipynb #0083f35e
 def quiet():
@@ -42,15 +42,19 @@ def load_model(name:str, # `shapes`, a folder, or a name on the Hugging Face Hub
                dtype:str='float32', # Precision it is loaded in
                px:int=None, # Side of its pictures in pixels; None: what the model was made for
                variant:str=None, # Variant of its files, e.g. fp16
-               vae:str=None # Folder or name of a cheaper autoencoder for scoring
+               vae:str=None, # Folder or name of a cheaper autoencoder for scoring
+               eta:float=None # Fresh noise of each step; None: the world's best measured, 0 for others
               )->Denoiser:
     "Load a model by name"
     if guidance is not None and not guidance >= 1:
         raise ValueError(f'guidance: expected at least 1, found {guidance}')
+    if eta is not None and not 0 <= eta <= 1: raise ValueError(f'eta: expected 0 to 1, found {eta}')
     quiet()
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-    guidance, path = guidance or usual_guidance(name), model_path(full_name(name))
-    model = Denoiser.from_pretrained(path, guidance, dtype, size=px, vae=vae, variant=variant)
+    world, path = world_of(name), model_path(full_name(name))
+    if eta is None: eta = world.eta if world else 0.
+    more = dict(size=px, vae=vae, variant=variant, eta=eta)
+    model = Denoiser.from_pretrained(path, guidance or usual_guidance(name), dtype, **more)
     if model.device.type == 'cpu': model.autoencoder.to(memory_format=torch.channels_last)
     if lora is not None: model.load_lora(named(lora, 'lora'), trainable=False)
     return model

@@ -41,6 +41,7 @@ def sample(
     out:str='out', # Folder for the pictures
     n:int=24, # How many prompts
     S:int=20, # Sampler steps
+    eta:float=None, # Fresh noise of each step, 0 … 1; None: the world's best measured, 0 for others
     seed:int=0, # Of the start noise
     guidance:float=None, # Classifier-free guidance; None: the model's default
     px:int=None, # Side of the pictures in pixels; None: what the model was made for
@@ -52,7 +53,7 @@ def sample(
     model = base_of(model, lora)
     texts = prompt_set(prompts or default_prompts(model), n, 'heldout', seed=1)[:n]
     seeds, out = start_seeds(seed, len(texts)), output_folder(out)
-    d = load_model(model, guidance, lora, px=px, variant=variant)
+    d = load_model(model, guidance, lora, px=px, variant=variant, eta=eta)
     d.say_cut(texts)
     write_pictures(d.sample(texts, seeds, S).cpu(), texts, out)
     return out

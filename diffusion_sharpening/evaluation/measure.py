@@ -50,7 +50,7 @@ def evaluate(model, # Any model
              prompts:list, # Texts
              judges:dict, # Name → reward
              S:int=20, # Sampler steps
-             eta:float=0., # 0: deterministic … 1: ancestral
+             eta:float=None, # 0: deterministic … 1: ancestral; None: the model's own
              seed:int=0, # Start noise of the i-th prompt comes from `seed·10⁶ + i`
              chunk:int=32 # Pictures made at once
             )->Evaluation: # ValueError without prompts or steps
@@ -59,6 +59,7 @@ def evaluate(model, # Any model
     if S < 1: raise ValueError(f'evaluate: expected at least one sampler step, found {S}')
     from tqdm.auto import tqdm
     cond, seeds, ts = model.encode(prompts), start_seeds(seed, len(prompts)), model.grid(S)
+    eta = model.eta if eta is None else eta
     ends, nfe = [], 0
     with tqdm(total=len(prompts), desc='evaluating', unit='picture', disable=None, leave=False) as bar:
         for i in range(0, len(prompts), chunk):

@@ -21,7 +21,7 @@ class BestOfN(Method):
     "Denoising loss on the best of n samples of each prompt"
     n: int = within(8, 2)             # Samples per prompt
     S: int = within(16, 1)            # Sampler steps
-    eta: float = within(0., 0, 1)     # Fresh noise of each step
+    eta: float = within(-1., -1, 1)   # Fresh noise of each step; below 0: as the model samples
     alpha: float = within(0., 0)      # Temperature of the choice, in units of the value; 0: the best alone
     early: float = within(0., 0, below=1) # Ask no earlier than this share of the sampler's steps
     late: float = within(1., above=0, hi=1) # Ask no later than this share

@@ -20,7 +20,7 @@ class OnlineDPO(Method):
     "Prefer the best of n samples of a prompt to the worst"
     n: int = within(4, 2)             # Samples per prompt
     S: int = within(16, 1)            # Sampler steps
-    eta: float = within(0., 0, 1)     # Fresh noise of each step
+    eta: float = within(-1., -1, 1)   # Fresh noise of each step; below 0: as the model samples
     beta: float = within(2500., above=0) # Hold on the reference, in 1/(mean squared error)
     loss_kind: str = words('dpo', 'dpo', 'odpo', 'rebel') # Which preference loss
     early: float = within(0., 0, below=1) # Ask no earlier than this share of the sampler's steps

@@ -128,11 +128,11 @@ def from_prompt(model,
                 S:int, # Sampler steps
                 seeds:Tensor, # int64 `(…, B)`
                 cond, # Of the `B` prompts
-                eta:float=0. # Fresh noise of each step
+                eta:float=0. # Fresh noise of each step; below 0: as the model samples
                )->Tensor: # Clean latents `(…, B, *item)`
     "One whole sample for each seed"
     z = noise(seeds, START, model.item, model.device)
-    return rollout(model, z, model.grid(S), cond, eta, seeds, keep=False).end
+    return rollout(model, z, model.grid(S), cond, model.eta if eta < 0 else eta, seeds, keep=False).end
 
 # %% ../../nbs/08_methods/02_parts.ipynb #101c3573
 def coupled(model,

@@ -32,10 +32,11 @@ class Denoiser(Learner):
         guidance:float=5., # Classifier-free guidance scale; 1: none, at half the cost
         negative:str=None, # Prompt to guide away from; None: the pipeline's own convention
         size=None, # Picture side in pixels, or `(height, width)`; None: what the model was made for
-        score_vae=None # Cheaper autoencoder for `show(fast=True)`
+        score_vae=None, # Cheaper autoencoder for `show(fast=True)`
+        eta:float=0. # Fresh noise of each sampler step where nothing else is asked for
     ):
         self.pipe, self.family = pipe, family_of(pipe)
-        self.guidance, self.negative = float(guidance), negative
+        self.guidance, self.negative, self.eta = float(guidance), negative, float(eta)
         for m in pipe.components.values():
             if isinstance(m, torch.nn.Module): m.requires_grad_(False).eval()
         keep_in_range(pipe.vae)
@@ -58,12 +59,13 @@ class Denoiser(Learner):
         size=None, # Picture side in pixels, or `(height, width)`; None: what the model was made for
         negative:str=None, # Prompt to guide away from; None: the pipeline's own convention
         vae=None, # Folder or Hub name of a cheaper autoencoder for scoring
-        variant:str=None # File variant on the Hub, e.g. `fp16`
+        variant:str=None, # File variant on the Hub, e.g. `fp16`
+        eta:float=0. # Fresh noise of each sampler step where nothing else is asked for
     ) -> 'Denoiser':
         "Load a pipeline, and perhaps a scoring autoencoder"
         dtype, device = dtype_of(dtype), device or ('cuda' if torch.cuda.is_available() else 'cpu')
         pipe = load_pipeline(name, dtype, variant).to(device)
-        return cls(pipe, guidance, negative, size, vae and load_vae(vae, dtype).to(device))
+        return cls(pipe, guidance, negative, size, vae and load_vae(vae, dtype).to(device), eta)
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #6c936f72
 @patch
@@ -369,12 +371,12 @@ def sample(self:Denoiser,
     prompts, # A prompt or a list of them
     seeds=None, # One int per prompt; None: 0, 1, …
     S:int=25, # Sampler steps
-    eta:float=0., # 0: deterministic … 1: ancestral
+    eta:float=None, # 0: deterministic … 1: ancestral; None: the model's own
     chunk:int=16, # Pictures made at once
     show:bool=True # False: latents
 ) -> Tensor: # `(B, 3, height, width)` in [0, 1], or `(B, C, H, W)`
     "One picture per prompt"
-    cond = self.encode(prompts)
+    cond, eta = self.encode(prompts), self.eta if eta is None else eta
     seeds = torch.arange(len(cond)) if seeds is None else torch.as_tensor(seeds).flatten()
     if len(seeds) != len(cond):
         raise ValueError(f'seeds: expected {len(cond)}, one per prompt; found {len(seeds)}')

@@ -23,6 +23,7 @@ class Model(Protocol):
     kind:str # What the network predicts: `epsilon`, `v_prediction`, `sample` or `flow`
     device:object # Where it computes
     cost:int # Network evaluations per item and prediction
+    eta:float # Fresh noise of each sampler step where nothing else is asked for
     named:dict # Sets of weights by name, each a dict of parameters
     def encode(self, prompts): "Conditioning of prompts: has a length, and can be indexed"
     def output(self, x_t, t, cond): "What the network predicts for items `(…, B, *item)` at times `t`"

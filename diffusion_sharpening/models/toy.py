@@ -19,7 +19,7 @@ from .protocol import denoising_loss
 # %% ../../nbs/03_models/13_toy.ipynb #2bc3d3c6
 class Toy:
     "A model whose best guess of the clean item is a formula"
-    cost, kind, full, sharded, device = 1, 'epsilon', False, False, torch.device('cpu')
+    cost, eta, kind, full, sharded, device = 1, 0., 'epsilon', False, False, torch.device('cpu')
     def __init__(self,
         schedule=None, # `VP` or `Flow`; None: that of Stable Diffusion
         item:tuple=(1,), # Shape of one sample

@@ -18,7 +18,7 @@ from ..models.policies import ATTENTION, LINEAR
 from ..models.sharding import whole
 from ..rewards.protocol import NonFinite
 from .processes import Team, accelerator
-from .run import Run
+from .run import Run, learning_rate
 
 # %% ../../nbs/12_training/02_loop.ipynb #ce2433b4
 class TrainingError(RuntimeError):
@@ -199,7 +199,7 @@ def check_first(s:State,
 # %% ../../nbs/12_training/02_loop.ipynb #61d689a2
 def learn(s:State, lesson, u:int)->dict: # Statistics
     "One update; none is made where loss or gradient is not finite"
-    for g in s.opt.param_groups: g['lr'] = s.run.lr*min(1., (s.k+1)/max(1, s.run.warmup))
+    for g in s.opt.param_groups: g['lr'] = learning_rate(s.run, s.k)
     ps = s.model.trainable()
     s.opt.zero_grad()
     with stage('train'): loss, stats = backward(s, lesson, u)

@@ -27,6 +27,7 @@ class World:
     show: Callable # `things -> pictures (B, 3, H, W)`, float in [0, 1]
     models: dict = field(default_factory=dict) # Name → folder of embedded weights
     judges: dict = field(default_factory=dict) # Name of a reward → folder of embedded weights
+    eta: float = 0. # Fresh noise of each sampler step with which its models measure best
     stats: Callable = lambda things: {} # `things -> {name: (B,)}`: what else can be seen; {} for other things
 
     def knows(self, prompts:list)->bool:
@@ -67,7 +68,7 @@ def _shapes_stats(x): return dict(bleed=bleed(x)) if x.shape[1:] == (3, PX, PX) 
 WORLDS = dict(
     shapes=World('shapes', prompts, _shapes_pairs, Checker(), show=lambda x: x,
                  groups=lambda texts: [category(t) for t in texts],
-                 models=dict(shapes='shapes-sdxl'), stats=_shapes_stats,
+                 models=dict(shapes='shapes-sdxl'), eta=1., stats=_shapes_stats,
                  judges=dict(clip='shapes-clip', mllm='shapes-grader', preference='shapes-preference',
                              aesthetic='shapes-aesthetic')))
 
