@@ -414,17 +414,20 @@ def test_demo(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(job, 'heldout_number', lambda n, model: 4)       # its 240 prompts take minutes
     assert call(monkeypatch, 'demo', '--steps', 1, '--out', tmp_path/'demo') == 0
     out = capsys.readouterr().out
-    assert '4 held-out prompts' in out and 'checker, overall' in out and f'report.json in {tmp_path}/demo' in out
-    assert {'before_after.png', 'reward_curve.png', 'report.json'} <= {p.name for p in (tmp_path/'demo').iterdir()}
-    assert call(monkeypatch, 'demo', '--steps', 1, '--out', tmp_path/'demo') == 2      # finished: not overwritten
+    assert '4 held-out prompts' in out and 'checker, overall' in out
+    assert f'report.json in {tmp_path}/demo' in out
+    there = {p.name for p in (tmp_path/'demo').iterdir()}
+    assert {'before_after.png', 'reward_curve.png', 'report.json'} <= there
+    assert call(monkeypatch, 'demo', '--steps', 1, '--out', tmp_path/'demo') == 2      # finished: stays
 
 
 def test_serve_reward_answers_a_remote_reward(tmp_path, monkeypatch, capsys):
-    "A real server, started as a command, asked by a real training, ended by SIGTERM; the key stays out of records"
+    "A server started as a command, asked by a training, ended by SIGTERM; its key is nowhere in the files"
     code = 'from diffusion_sharpening.commands.cli import main; main()'
     argv = ['serve-reward', '--reward', 'clip@shapes', '--port', '0']
-    server = subprocess.Popen([sys.executable, '-c', code, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    pipe = subprocess.PIPE
+    server = subprocess.Popen([sys.executable, '-c', code, *argv], stdout=pipe, stderr=pipe, text=True,
+                              env=dict(os.environ, OMP_NUM_THREADS='1'))
     try:
         url = server.stdout.readline().split('--reward remote@')[1].strip()
         args = ['--heldout', 2, '--S-eval', 1, '--set', *small]
@@ -433,7 +436,7 @@ def test_serve_reward_answers_a_remote_reward(tmp_path, monkeypatch, capsys):
         assert call(monkeypatch, *train, *args) == 0
         assert 'types --reward again' in capsys.readouterr().out
         assert call(monkeypatch, 'evaluate', '--reward', f'remote@{url}', '--n', 2, '--S', 1) == 0
-        assert call(monkeypatch, 'train', 'rlhf', '--resume', out, '--steps', 2) == 2         # its key is not known
+        assert call(monkeypatch, 'train', 'rlhf', '--resume', out, '--steps', 2) == 2     # no key
         one_line(capsys.readouterr().err, 'resume: what followed ? in the address of the reward')
         assert call(monkeypatch, 'train', 'rlhf', '--resume', out, '--reward', keyed, '--steps', 2) == 0
         assert json.loads((out/'report.json').read_text())['batches'] == 2
@@ -446,7 +449,8 @@ def test_serve_reward_answers_a_remote_reward(tmp_path, monkeypatch, capsys):
 
 def test_before_is_measured_once(xl, tmp_path, monkeypatch, capsys):
     "A run that goes on takes it from its folder; when something it hangs on changed, it is measured again"
-    args = ['--model', xl, '--reward', 'checker!', '--heldout', 2, '--S-eval', 1, '--steps', 1, '--out', tmp_path/'out']
+    args = ['--model', xl, '--reward', 'checker!', '--heldout', 2, '--S-eval', 1, '--steps', 1,
+            '--out', tmp_path/'out']
     said = 'before training: as it was measured'
     assert call(monkeypatch, 'train', 'rlhf', *args, '--set', *small) == 0
     first = json.loads((tmp_path/'out/report.json').read_text())
@@ -462,7 +466,8 @@ def test_before_is_measured_once(xl, tmp_path, monkeypatch, capsys):
 
 def test_cut_prompts_are_said_once(xl, tmp_path, monkeypatch, capsys):
     "Of all prompts of a command, in one line, however many batches meet them"
-    texts = [f'a red circle {k} ' + 'and a blue square '*20 for k in range(6)] + ['a red circle', 'a blue star']
+    texts = [f'a red circle {k} ' + 'and a blue square '*20 for k in range(6)]
+    texts += ['a red circle', 'a blue star']
     (tmp_path/'long').write_text('\n'.join(texts))
     prompts = ['--model', xl, '--prompts', tmp_path/'long']
     evaluation = ['--reward', 'clip@shapes', '--heldout', 2, '--S-eval', 1, '--steps', 3, '--set', *small]
@@ -475,7 +480,7 @@ def test_cut_prompts_are_said_once(xl, tmp_path, monkeypatch, capsys):
 
 
 def test_captions_are_split_too(xl, tmp_path, monkeypatch, capsys):
-    "Who learns from pictures does not learn from those of held-out captions; a circle of links is walked once"
+    "Nobody learns from pictures of held-out captions; a circle of links is walked once"
     (tmp_path/'pairs').mkdir()
     for i in range(6):
         Image.new('RGB', (64, 64), (40*i, 90, 30)).save(tmp_path/f'pairs/{i}.png')
@@ -488,15 +493,18 @@ def test_captions_are_split_too(xl, tmp_path, monkeypatch, capsys):
         return fit(model, method, judge, source, *more)
     monkeypatch.setattr(command, 'fit', look)
     monkeypatch.setenv('DIFFUSION_SHARPENING_CACHE', str(tmp_path/'cache'))
-    args = ['--model', xl, '--images', tmp_path/'pairs', '--reward', 'clip@shapes', '--S-eval', 1, '--steps', 1]
-    assert call(monkeypatch, 'train', 'standard', *args, '--heldout', 2, '--out', tmp_path/'out', '--set', 'batch=2',
-                'rank=2') == 0
+    args = ['--model', xl, '--images', tmp_path/'pairs', '--reward', 'clip@shapes', '--S-eval', 1,
+            '--steps', 1]
+    assert call(monkeypatch, 'train', 'standard', *args, '--heldout', 2, '--out', tmp_path/'out', '--set',
+                'batch=2', 'rank=2') == 0
     rep = json.loads((tmp_path/'out/report.json').read_text())
-    assert len(seen[0]) == 4 and rep['heldout_prompts'] == 2 and '2 held out, 4 to train on' in rep['heldout_from']
+    assert len(seen[0]) == 4 and rep['heldout_prompts'] == 2
+    assert '2 held out, 4 to train on' in rep['heldout_from']
     held = json.loads((tmp_path/'out/scores.json').read_text())['prompts']
     assert not {*held} & {*seen[0]}
     capsys.readouterr()
-    refused(monkeypatch, capsys, tmp_path/'no', 'learns from none', 'train', 'rlhf', *args, '--out', tmp_path/'no')
+    no = tmp_path/'no'
+    refused(monkeypatch, capsys, no, 'learns from none', 'train', 'rlhf', *args, '--out', no)
 
 
 def test_scoring_a_sampled_folder_is_evaluating(tmp_path, monkeypatch, capsys):

@@ -475,7 +475,8 @@ def test_tokenizer_round_trip(tmp_path):
 
 # Who may look inside
 
-INSIDE = re.compile(r'\b(?!self\b|cls\b|models\b)\w+\.(?:pipe|policies)\b|\b(?:model|d|view|net)\._[a-z]\w*\b')
+INSIDE = re.compile(r'\b(?!self\b|cls\b|models\b)\w+\.(?:pipe|policies)\b'
+                    r'|\b(?:model|d|view|net)\._[a-z]\w*\b')
 
 
 def test_nobody_outside_the_room_looks_inside_a_model():

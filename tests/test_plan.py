@@ -324,9 +324,9 @@ def cheap(tmp_path_factory):
 def test_plan_and_train_print_the_same_table(folders, cheap, tmp_path, capsys):
     "With every option that changes what a run costs, and not the table of the run without them"
     from diffusion_sharpening.commands import cli
-    options = ['--model', folders/'xl', '--px', 128, '--guidance', 2, '--vae', cheap, '--heldout', 2, '--S-eval', 1,
-               '--reward', 'clip@shapes', '--steps', 1, '--set', 'n=2', 'S=2', 'batch=2', 'rank=2',
-               'checkpointing=true', 'micro=1', 'guidance=1']
+    options = ['--model', folders/'xl', '--px', 128, '--guidance', 2, '--vae', cheap, '--heldout', 2,
+               '--S-eval', 1, '--reward', 'clip@shapes', '--steps', 1, '--set', 'n=2', 'S=2', 'batch=2',
+               'rank=2', 'checkpointing=true', 'micro=1', 'guidance=1']
     options = [str(o) for o in options]
     assert cli.run(['plan', 'rlhf', *options]) == 0
     table = capsys.readouterr().out.strip()
@@ -344,12 +344,13 @@ def test_a_run_that_does_not_fit_says_what_would(folders, tmp_path, capsys, monk
     rows = values(plan(str(folders/'xl'), 'rlhf', 'paper', batch=8, n=8, S=4, micro=1, heldout=2, S_eval=1))
     less = replace(device_here(), memory=1.1*rows['memory'])
     monkeypatch.setattr(command, 'device_here', lambda *a: less)
-    args = ['train', 'rlhf', '--preset', 'paper', '--model', str(folders/'xl'), '--reward', 'clip@shapes', '--heldout',
-            '2', '--S-eval', '1', '--steps', '1', '--out', str(tmp_path/'run'), '--set', 'batch=8', 'n=8', 'S=4']
+    args = ['train', 'rlhf', '--preset', 'paper', '--model', str(folders/'xl'), '--reward', 'clip@shapes',
+            '--heldout', '2', '--S-eval', '1', '--steps', '1', '--out', str(tmp_path/'run'), '--set',
+            'batch=8', 'n=8', 'S=4']
     with pytest.raises(SystemExit) as e: cli.main(args)
     assert e.value.code == 2 and not (tmp_path/'run').exists()
-    line = capsys.readouterr().err
-    assert line.count('\n') == 1 and 'it would fit with --set ' in line
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith('sharpen: plan: ') and 'it would fit with --set ' in line
     more = line.split('--set ')[1].split()
     with pytest.raises(SystemExit) as e: cli.main([*args, *more])
     assert e.value.code == 0, capsys.readouterr().err

@@ -87,7 +87,7 @@ def names_in(folder # Of a data set
             found += [(at.relative_to(folder)/f).as_posix() for f in files if not hidden(f)]
     return sorted(found)
 
-def _walk(top): # Folders in a fixed order, links to them last and on their own: path, real path, folders, files
+def _walk(top): # Folders in a fixed order, without links: path, real path, folders, files
     def stop(e): raise ValueError(f'cannot read {e.filename}: {e.strerror}') from None
     for at, folders, files in os.walk(top, onerror=stop):
         folders[:] = sorted(d for d in folders if not hidden(d))

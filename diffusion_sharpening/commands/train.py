@@ -176,13 +176,14 @@ def write_results(out:Path, # Folder of the run
     if before:
         _drawn(lambda a, path: before_after(a, after, path, [*a.scores][-1]), before, out/'before_after.png')
 
-# %% ../../nbs/13_commands/08_train.ipynb #9556f1d8
+# %% ../../nbs/13_commands/08_train.ipynb #8b6913e0
 def report_of(job:Job, s, # What was run; `State` of the loop at its end
               before, after # `Evaluation`s, or None
              )->dict:
     "The part of a report that the run itself says"
     rep = dict(judge=job.judge.name, seed=job.run.seed, steps=job.run.steps,
-               seconds_training=round(s.seconds, 1), settings=dict(run=asdict(job.run), method=asdict(job.method)), guidance=job.model.guidance,
+               settings=dict(run=asdict(job.run), method=asdict(job.method)), guidance=job.model.guidance,
+               seconds_training=round(s.seconds, 1),
                prompts_sha256=prompts_digest(job.source.prompts), batches=s.k, nfe_training=s.nfe,
                skipped=s.skipped, heldout_prompts=len(job.held), heldout_from=job.split)
     if hasattr(job.source, 'held'): rep['win_rate'] = s.history[-1].get('held-out/win_rate')

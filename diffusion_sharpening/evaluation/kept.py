@@ -10,7 +10,7 @@ import hashlib, json, torch
 from ..basics.files import write_whole
 from .measure import Evaluation
 
-# %% ../../nbs/11_evaluation/05_kept.ipynb #64f3941e
+# %% ../../nbs/11_evaluation/05_kept.ipynb #05ebef08
 _PLAIN = 'prompts', 'nfe', 'seed', 'eta', 'guidance', 'times'
 
 def _sum(tensors): # One checksum for names and contents
@@ -20,6 +20,7 @@ def _sum(tensors): # One checksum for names and contents
         h.update(v.contiguous().view(torch.uint8).numpy())
     return h.hexdigest()
 
+# %% ../../nbs/11_evaluation/05_kept.ipynb #d37259a2
 def write_evaluation(path, # File
                      e:Evaluation, # What was measured
                      about:dict # All that it depends on, fit for JSON

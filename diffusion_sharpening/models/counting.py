@@ -214,9 +214,11 @@ def unet_cost(
 def _vae_config(name): # Of an autoencoder that is a folder, or was downloaded from the Hub
     from huggingface_hub import try_to_load_from_cache
     file = Path(name)/'config.json'
-    cached = None if Path(name).exists() or name.count('/') != 1 else try_to_load_from_cache(name, 'config.json')
+    here = Path(name).exists() or name.count('/') != 1
+    cached = None if here else try_to_load_from_cache(name, 'config.json')
     if not file.exists() and not isinstance(cached, str):
-        raise ValueError(f'vae: expected the folder of an autoencoder, or one that was downloaded; found {name}')
+        raise ValueError('vae: expected the folder of an autoencoder, or one that was downloaded; '
+                         f'found {name}')
     return json.loads((file if file.exists() else Path(cached)).read_text())
 
 # %% ../../nbs/03_models/14_counting.ipynb #9ae593a6

@@ -281,7 +281,7 @@ class Remote(Reward):
         return [math.nan if v is None else float(v) for v in s]
 
     def identity(self)->dict:
-        "As of every reward, with a checksum of the address without its key; what the server computes is not known here"
+        "As of every reward, with a checksum of the address without its key"
         return super().identity() | dict(server=hashlib.sha256(without_key(self.url).encode()).hexdigest())
 
 def _is_score(v): # A number that a float can hold, or None

@@ -29,10 +29,10 @@ from .run import Run, settings
 from ..basics.seeds import START, noise
 from ..worlds.world import WORLDS, model_path, usual_guidance
 
-# %% ../../nbs/12_training/06_plan.ipynb #a0e2f205
+# %% ../../nbs/12_training/06_plan.ipynb #2cd9084c
 class StandIn(Denoiser):
     "A model that counts what is asked of it and knows nothing"
-    full, sharded, named, eta = False, False, {}, 0.
+    full, sharded, named = False, False, {}
     def __init__(self, guidance=1., full=False):
         self.full, self.guidance, self.kind, self.schedule = full, guidance, 'epsilon', VP.scaled_linear()
         self.item, self.size, self.device = (1, 1, 1), (1, 1), torch.device('cpu')
@@ -103,11 +103,12 @@ def memory(sizes:dict, # Parameters: unet, vae, text, learn
                 rollout=units['rollout'].peak*ask['widest']/world,
                 decode=units['decode'].peak*min(8, max(1, ask['decode'])))
 
-# %% ../../nbs/12_training/06_plan.ipynb #668da6e4
+# %% ../../nbs/12_training/06_plan.ipynb #96e171b1
 def peak(mem:dict # From `memory`
         )->float: # GiB
     "Weights, and the largest of the moments that do not overlap"
-    return mem['weights'] + mem['learning'] + max(v for k, v in mem.items() if k not in ('weights', 'learning'))
+    always = 'weights', 'learning'
+    return sum(mem[k] for k in always) + max(v for k, v in mem.items() if k not in always)
 
 # %% ../../nbs/12_training/06_plan.ipynb #ea30a242
 def chunk_that_fits(device:Device,
@@ -120,7 +121,7 @@ def chunk_that_fits(device:Device,
     if mem['graph'] <= room: return 0
     return max(width, int(room/units['lesson'].peak))
 
-# %% ../../nbs/12_training/06_plan.ipynb #15fe9932
+# %% ../../nbs/12_training/06_plan.ipynb #ed1f3475
 AT_ONCE = 32 # Pictures that an evaluation makes at once, where they fit
 
 def evaluating(chunk:int, # Pictures at once
@@ -131,6 +132,7 @@ def evaluating(chunk:int, # Pictures at once
     cost = 1 if guidance == 1 else 2
     return max(chunk*cost*units['rollout'].peak, min(8, chunk)*units['show'].peak)
 
+# %% ../../nbs/12_training/06_plan.ipynb #9dfda29c
 def evaluation_chunk(device:Device,
                      units:dict, # As for `memory`
                      mem:dict, # From `memory`

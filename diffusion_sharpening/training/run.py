@@ -60,7 +60,7 @@ def _sorted_out(changes, **known): # Settings by their plain names; `run.` or `m
     for k, v in changes.items():
         part, _, plain = k.rpartition('.')
         if part and plain not in known.get(part, ()):
-            raise ValueError(f"setting {k!r}: expected run.NAME or method.NAME, with NAME one of its settings")
+            raise ValueError(f'setting {k!r}: expected run.NAME or method.NAME, NAME one of its settings')
         if plain in out: raise ValueError(f'setting {plain!r}: expected one value, found it twice')
         out[plain] = v
     return out
