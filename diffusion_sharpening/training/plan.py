@@ -29,10 +29,10 @@ from .run import Run, settings
 from ..basics.seeds import START, noise
 from ..worlds.world import WORLDS, model_path, usual_guidance
 
-# %% ../../nbs/12_training/06_plan.ipynb #2cd9084c
+# %% ../../nbs/12_training/06_plan.ipynb #d42cdc8a
 class StandIn(Denoiser):
     "A model that counts what is asked of it and knows nothing"
-    full, sharded, named = False, False, {}
+    full, sharded, named, eta = False, False, {}, 0.
     def __init__(self, guidance=1., full=False):
         self.full, self.guidance, self.kind, self.schedule = full, guidance, 'epsilon', VP.scaled_linear()
         self.item, self.size, self.device = (1, 1, 1), (1, 1), torch.device('cpu')
