@@ -21,7 +21,7 @@ def bright(images, prompts):
     calls = Path(__file__).with_name('calls')
     n = len(calls.read_text()) if calls.exists() else 0
     calls.write_text('.'*(n+1))
-    if n == 2 and not Path(__file__).with_name('mended').exists(): raise OSError('the server is away')
+    if n == 3 and not Path(__file__).with_name('mended').exists(): raise OSError('the server is away')
     return images.mean((1, 2, 3))
 '''
 small = dict(heldout=0, batch=2, n=2, S=3, rank=2, checkpoint_every=1)
@@ -76,9 +76,10 @@ def test_files_of_somebody_else_survive(made, tmp_path, monkeypatch, name):
     file.parent.mkdir(exist_ok=True)
     file.write_text('mine')
     monkeypatch.chdir(tmp_path)
-    for out in (tmp_path, ''):
+    for out in (tmp_path, '.'):
         with pytest.raises(ValueError, match=f'has {name.split("/")[0]}, not of a run of this library'):
             go(made, out)
+    with pytest.raises(ValueError, match="out: expected a folder, found ''"): go(made, '')
     assert inside(tmp_path) == {name: b'mine'}
 
 

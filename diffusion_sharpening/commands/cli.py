@@ -192,7 +192,7 @@ def run(argv:list # Arguments without the program's name
     does = COMMANDS[name].does
     if 'resume' in kwargs: does, kwargs['folder'] = COMMANDS[name].resumes, kwargs.pop('resume')
     res = found(does)(**kwargs)
-    from diffusion_sharpening.commands.load import first_process
+    from diffusion_sharpening.training.folder import first_process
     if first_process():
         says = found(COMMANDS[name].says) if COMMANDS[name].says else lambda _: ''
         shown = json.dumps(res, indent=1) if as_json else says(res)

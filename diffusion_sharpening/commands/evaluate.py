@@ -8,7 +8,7 @@ __all__ = ['evaluate', 'said', 'score_said']
 # %% ../../nbs/13_commands/10_evaluate.ipynb #76140b5e
 from ..basics.console import columns, number
 from .heldout import check_judges, default_prompts, heldout_number, judges
-from .load import base_of, load_model
+from .load import as_trained, base_of, load_model
 from ..data.tables import prompt_set
 from ..evaluation.measure import evaluate as measure, report
 from ..evaluation.tables import measured_table
@@ -36,7 +36,8 @@ def evaluate(
     prompts = prompts or default_prompts(model)
     texts = prompt_set(prompts, n, 'heldout', seed=1)[:n]
     r = load_reward(reward, world and world.name, train=False)
-    d, asked = load_model(model, guidance, lora, px=px, variant=variant, eta=eta), judges(r, texts, model)
+    d = as_trained(load_model(model, guidance, lora, px=px, variant=variant, eta=eta), lora, S)
+    asked = judges(r, texts, model)
     check_judges(asked, texts, d)
     d.say_cut(texts)
     e = measure(d, texts, asked, S, seed=seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..basics.files import write_whole
 from ..basics.pictures import as_png, write_grid
 from .heldout import default_prompts
-from .load import base_of, load_model, output_folder
+from .load import as_trained, base_of, load_model, output_folder
 from ..data.tables import prompt_set, write_prompts
 from ..evaluation.measure import start_seeds
 
@@ -55,6 +55,7 @@ def sample(
     seeds, out = start_seeds(seed, len(texts)), output_folder(out)
     d = load_model(model, guidance, lora, px=px, variant=variant, eta=eta)
     d.say_cut(texts)
+    d = as_trained(d, lora, S)
     write_pictures(d.sample(texts, seeds, S).cpu(), texts, out)
     return out
 

@@ -6,7 +6,7 @@
 __all__ = ['BEFORE', 'OPTIONS', 'check_plan', 'plan', 'check_names', 'depends_on', 'Keep', 'measured_before', 'callbacks',
            'save_weights', 'write_results', 'report_of', 'fine_tune', 'stopped', 'train', 'all_settings', 'resume']
 
-# %% ../../nbs/13_commands/08_train.ipynb #35fe5a20
+# %% ../../nbs/13_commands/08_train.ipynb #f7d5ad28
 import diffusion_sharpening, inspect, os, time, uuid
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..basics.devices import device_here, device_of
 from ..basics.files import write_json
 from .heldout import default_prompts, heldout_number
 from .job import Job, job_of, own_pairs, prompts_digest, prompts_of
-from .load import base_of, first_process, output_folder
+from .load import base_of, output_folder
 from .provenance import provenance
 from .report import compared, suspicions, watched
 from ..data.pictures import image_pairs
@@ -26,7 +26,7 @@ from ..names.catalog import entry, packages
 from ..names.grammar import parse_spec
 from ..training.advice import advice
 from ..training.callbacks import Alarms, Log, Progress, Timer, Tracker, WinRate
-from ..training.folder import read_report, read_run, sums, taken
+from ..training.folder import first_process, read_report, read_run, sums, taken
 from ..training.loop import Callback, train as fit
 from ..training.plan import Plan, plan as planned, plan_table, units_of
 from ..training.record import content, going_on, holds_back, model_content, record
@@ -193,7 +193,7 @@ def report_of(job:Job, s, # What was run; `State` of the loop at its end
     parts = getattr(job.judge, 'rewards', [job.judge])
     return rep | dict(judges={r.name: r.report() for r in parts if hasattr(r, 'report')})
 
-# %% ../../nbs/13_commands/08_train.ipynb #020b8f38
+# %% ../../nbs/13_commands/08_train.ipynb #79c20396
 def fine_tune(out:Path, # Folder of the run
               asked:dict, # Its record
               reward:str, # The reward's name in full, where the record holds a key back
@@ -216,7 +216,8 @@ def fine_tune(out:Path, # Folder of the run
     s = fit(model, job.method, job.judge, job.source, run, beside)
     if s.stop: return stopped(out, asked['method'], s)
     saved = save_weights(out, model, run.rank > 0) if s.rank == 0 else None
-    after = evaluate(model, held, job.exams, job.S_eval, chunk=chunk) if held else None
+    view = job.method.deployed(model, job.S_eval)
+    after = evaluate(view, held, job.exams, job.S_eval, chunk=chunk) if held else None
     rep = {k: asked[k] for k in ('method', 'preset', 'model', 'reward')} | report_of(job, s, before, after)
     rep |= dict(seconds=round(time.time()-t0, 1), out=str(out), run=asked.get('run'), weights=saved)
     if s.rank == 0: write_results(out, rep | provenance(), s.history, before, after)

@@ -70,6 +70,10 @@ class Method(Settings):
     def after(self, model):
         "What follows an update"
 
+    def deployed(self, model, S:int):
+        "The trained model as it is sampled in `S` steps"
+        return model
+
     def state(self) -> dict:
         "What is kept between batches: name → tensor"
         return {}
