@@ -163,6 +163,7 @@ def collect(s:State, batch): # `Lesson`, or None where some process has none
         print(f'batch {s.k+1} skipped: {e}')
     s.model.wait()
     if s.team.all(lesson is not None):
+        lesson.means = {k: s.team.mean(v) for k, v in lesson.means.items()}
         s.pictures = lesson.pictures
         return lesson
     s.skipped, s.bad = s.skipped+1, s.bad+1
