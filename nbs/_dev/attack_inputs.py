@@ -55,7 +55,7 @@ def settings():
 
 def typed(name, text, kit):
     d = kit.place()
-    end = sharpen('plan', '--model', kit.folder/'xl', '--method', name, '--set', *text, at=d)
+    end = sharpen('plan', name, '--model', kit.folder/'xl', '--set', *text, at=d)
     return trouble(end, 0, 2)
 
 @group(slow=True)
@@ -102,8 +102,8 @@ def config_files():
 # Options
 
 OPTIONS = {
-    'plan': ('--model {xl}',
-             '--model --method --preset --n --m --px --device --world --seconds --share --heldout '
+    'plan rlhf': ('--model {xl} --reward {r} --prompts {p}',
+             '--model --preset --px --device --world --batch-seconds --share --heldout '
              '--S-eval --steps'),
     'sample': ('--model {xl} --prompts {p} --out {o} --n 1 --S 1',
                '--model --lora --prompts --out --n --S --seed --guidance --px --variant'),
@@ -123,7 +123,7 @@ TEXT = ['', '\0', 'x'*5000, '/dev/null', '/dev/full', '/', '.', '-', '~nobody/x'
         'a:b:c', '..', '{fifo}', '{file}', '{folder}', '\udcff', 'a\nb', '@', '!', ',', 'clip@', '(',
         'clip:nan',
         'remote@', 'mllm@', 'remote@http://[', 'own', 'http://', '*', '%s', '{{x}}', 'a/b', 'a/b/c', '--']
-COUNTS = ('--n --m --px --world --seconds --share --heldout --S-eval --steps --S --seed --guidance --batch '
+COUNTS = ('--n --m --px --world --batch-seconds --share --heldout --S-eval --steps --S --seed --guidance --batch '
           '--port').split()
 
 def optional(command, base, option, value, kit):

@@ -338,7 +338,7 @@ def unread(argv, kit):
 @group(slow=True)
 def closed_pipes():
     more = dict(COMMANDS, methods=lambda *_: ['methods'], plan=lambda kit,
-                _: ['plan', '--model', kit.folder/'xl', '--json'],
+                _: ['plan', 'rlhf', '--model', kit.folder/'xl', '--json'],
                 rewards=lambda *_: ['rewards'], help=lambda *_: ['train', '--help'])
     for name, argv in more.items():
         yield f'{name}: reader gone', partial(unread, argv)

@@ -80,8 +80,9 @@ def end_to_end(d, start=Process):
                 '--S-eval', 3,
                 '--steps', 2, '--out', out, '--set', *SMALL, 'lr=.05', 'ema=0']
 
-    planned = json.loads(sharpen('plan', '--model', 'xl', '--method', 'rlhf', '--heldout', 3, '--n', 2,
-                                 '--json'))
+    planned = json.loads(sharpen('plan', 'rlhf', '--model', 'xl', '--reward', own, '--prompts', prompts,
+                                 '--heldout', 3,
+                                 '--json', '--set', *SMALL))
     check(next(r['value'] for r in planned if r['name'] == 'fits'), 'the plan fits this machine')
     sharpen(*train('whole'))
     killed = start(*train('killed'), at=d, env=dict(KILL='4')).end(600)
