@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'EXAMPLES', 'KINDS', 'Argument', 'ARGUMENTS', 'READ', 'Command', 'found', 'arguments', 'Parser', 'text',
            'whole', 'finite', 'about', 'parser', 'usage', 'settings_of', 'help_of', 'run', 'Ended', 'ending',
-           'warnings_in_a_line', 'exit_code', 'said_once', 'main']
+           'warnings_in_a_line', 'exit_code', 'main']
 
 # %% ../../nbs/13_commands/14_cli.ipynb #81734269
 import argparse, ast, importlib, io, json, math, os, re, signal, sys, threading, tokenize, warnings
@@ -287,16 +287,9 @@ def exit_code(argv:list # Arguments without the program's name
     print(f'sharpen: {why[1]}', file=sys.stderr)
     return why[0]
 
-# %% ../../nbs/13_commands/14_cli.ipynb #7a437822
-def said_once(message, category, *where, **more): # As for `warnings.showwarning`
-    "A warning of this library (`what: …`) as one line; those of others are for programmers, and left out"
-    text = ' '.join(str(message).split())
-    if re.match(r'[\w.@!-]+: ', text): print(f'sharpen: warning: {text}', file=sys.stderr)
-
 # %% ../../nbs/13_commands/14_cli.ipynb #a4c43d76
 def main(argv:list=None): # Arguments without the program's name; None: those of the process
     "The console script: errors in the input are one line and exit code 2"
     for f in (sys.stdout, sys.stderr):
         if hasattr(f, 'reconfigure'): f.reconfigure(errors='backslashreplace')
-    warnings.showwarning = said_once
     sys.exit(exit_code(sys.argv[1:] if argv is None else argv))

@@ -123,8 +123,8 @@ TEXT = ['', '\0', 'x'*5000, '/dev/null', '/dev/full', '/', '.', '-', '~nobody/x'
         'a:b:c', '..', '{fifo}', '{file}', '{folder}', '\udcff', 'a\nb', '@', '!', ',', 'clip@', '(',
         'clip:nan',
         'remote@', 'mllm@', 'remote@http://[', 'own', 'http://', '*', '%s', '{{x}}', 'a/b', 'a/b/c', '--']
-COUNTS = ('--n --m --px --world --batch-seconds --share --heldout --S-eval --steps --S --seed --guidance --batch '
-          '--port').split()
+COUNTS = ('--n --m --px --world --batch-seconds --share --heldout --S-eval --steps --S --seed --guidance '
+          '--batch --port').split()
 
 def optional(command, base, option, value, kit):
     "Refused in one line, or done"
