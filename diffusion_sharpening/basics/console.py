@@ -9,11 +9,13 @@ __all__ = ['columns', 'number', 'complaint', 'stop_code']
 import signal
 
 # %% ../../nbs/01_basics/09_console.ipynb #b406cf36
-def columns(rows:list # Lists of texts, all of one length
+def columns(rows:list, # Lists of texts, all of one length
+            right:tuple=() # Numbers of the columns that end together, such as those of numbers
            )->str:
     "Texts below each other"
-    wide = [max(map(len, col)) + 2 for col in zip(*rows)]
-    return '\n'.join(''.join(t.ljust(w) for t, w in zip(r, wide)).rstrip() for r in rows)
+    wide = [max(map(len, col)) for col in zip(*rows)]
+    def cell(i, t): return t.rjust(wide[i]) if i in right else t.ljust(wide[i])
+    return '\n'.join('  '.join(cell(i, t) for i, t in enumerate(r)).rstrip() for r in rows)
 
 # %% ../../nbs/01_basics/09_console.ipynb #f88e1988
 def number(x # A number, a text, a truth value, or None

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'KINDS', 'Argument', 'ARGUMENTS', 'Command', 'found', 'arguments', 'Parser', 'text', 'about', 'parser',
-           'usage', 'settings_of', 'help_of', 'run', 'Ended', 'ending', 'exit_code', 'main']
+           'usage', 'settings_of', 'help_of', 'run', 'Ended', 'ending', 'warnings_in_a_line', 'exit_code', 'main']
 
 # %% ../../nbs/13_commands/14_cli.ipynb #81734269
-import argparse, ast, importlib, io, json, os, signal, sys, threading, tokenize
+import argparse, ast, importlib, io, json, os, signal, sys, threading, tokenize, warnings
 import diffusion_sharpening
 from collections import namedtuple
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from ..basics.words import one_of
 from .options import parse_settings, read_config
-from ..basics.console import complaint, stop_code
+from ..basics.console import columns, complaint, stop_code
 
 # %% ../../nbs/13_commands/14_cli.ipynb #80459209
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ COMMANDS = {
     'evaluate': Command('commands.evaluate:evaluate', 'commands.evaluate:said', json=True),
     'score': Command('commands.score:score', 'commands.evaluate:score_said', json=True),
     'serve-reward': Command('commands.serve_reward:serve_reward'),
-    'plan': Command('training.plan:plan', 'training.plan:plan_table', settings=True, json=True),
+    'plan': Command('commands.train:plan', 'training.plan:plan_table', settings=True, json=True),
     'export': Command('commands.interchange:export', 'builtins:str'),
     'push': Command('commands.interchange:push', 'commands.lists:as_json'),
     'methods': Command('commands.lists:methods', 'commands.lists:methods_said', json=True),
@@ -135,7 +135,7 @@ def _more_settings(p): # Of the method and the run
 # %% ../../nbs/13_commands/14_cli.ipynb #9eb58e38
 def usage()->str:
     "The list of commands"
-    what = '\n'.join(f'  {c:14}{about(c)}' for c in COMMANDS)
+    what = columns([['  ' + c, about(c)] for c in COMMANDS])
     return f'usage: sharpen COMMAND …  (sharpen COMMAND --help says more)\n\n{what}'
 
 # %% ../../nbs/13_commands/14_cli.ipynb #f9aabe50
@@ -152,13 +152,19 @@ def help_of(name:str, # One of `COMMANDS`
             argv:list # What else was typed
            )->str:
     "The help of a command"
-    named = dict(zip(argv, argv[1:]))
-    method = argv[0] if argv[0][0] != '-' else named.get('--method')
-    if not COMMANDS[name].settings or not method: return parser(name).format_help()
+    named, method = dict(zip(argv, argv[1:])), argv[0]
+    if not COMMANDS[name].settings or method[0] == '-': return parser(name).format_help()
     from diffusion_sharpening.commands.lists import method_settings, settings_said
     preset = named.get('--preset', 'default')
     rows = settings_said(method_settings(method, preset))
     return f'{parser(name).format_help()}\nsettings of {method} ({preset}), with --set NAME=VALUE:\n{rows}'
+
+# %% ../../nbs/13_commands/14_cli.ipynb #47bc54fa
+def _of_method(a, name): # A setting of the method with the name of an option, told apart from it
+    from diffusion_sharpening.commands.lists import method_settings
+    known = [r['name'] for r in method_settings(a['method'], a.get('preset', 'default'))]
+    if name in known: return f'method.{name}'
+    raise ValueError(f'setting {name!r}: expected one of the method or the run; give it as --{name}')
 
 # %% ../../nbs/13_commands/14_cli.ipynb #c733edff
 def _arguments(name, argv): # What the function is called with, and whether JSON is asked for
@@ -166,8 +172,7 @@ def _arguments(name, argv): # What the function is called with, and whether JSON
     as_json, own = a.pop('json', False), {o.name for o in ARGUMENTS[name]}
     if not COMMANDS[name].settings: return a, as_json
     more = settings_of(a)
-    for k in more.keys() & own:
-        raise ValueError(f'setting {k!r}: expected one of the method or the run; give it as --{k}')
+    for k in more.keys() & own: more[_of_method(a, k)] = more.pop(k)
     default = next((o.default for o in ARGUMENTS[name] if o.name == 'out'), None)
     if a.get('resume') == '': a['resume'] = a.get('out', default)     # alone: the run in --out
     return a | more, as_json
@@ -210,6 +215,18 @@ def ending():
     finally:
         for s, h in old.items(): signal.signal(s, h)
 
+# %% ../../nbs/13_commands/14_cli.ipynb #54dd834c
+@contextmanager
+def warnings_in_a_line():
+    "Within the block a warning to users is one line on stderr"
+    was = warnings.showwarning
+    def show(message, category, *where, **more):
+        if category is not UserWarning: return was(message, category, *where, **more)
+        print('warning:', ' '.join(str(message).split()), file=sys.stderr)
+    warnings.showwarning = show
+    try: yield
+    finally: warnings.showwarning = was
+
 # %% ../../nbs/13_commands/14_cli.ipynb #ae6504dd
 def _closed_pipe(): # Nobody reads any more: nothing may be written at exit either
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -220,7 +237,7 @@ def exit_code(argv:list # Arguments without the program's name
              )->int: # 0; 2: wrong input; 1: the machine refuses; 128 + n: signal n
     "Run one command, and say in one line what goes wrong"
     try:
-        with ending(): code = run(argv)
+        with ending(), warnings_in_a_line(): code = run(argv)
         sys.stdout.flush()
         return code
     except BrokenPipeError: return _closed_pipe()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXTS', 'FILES', 'READERS', 'SPLITS', 'Source', 'parse_source', 'Table', 'arrow_file', 'table', 'column', 'value',
            'texts', 'text_in', 'write_prompts', 'marked', 'of_split', 'data_files', 'hub_folder', 'files_of',
-           'prompt_set', 'rows', 'shapes_pairs']
+           'prompt_set', 'rows']
 
 # %% ../../nbs/07_data/01_tables.ipynb #1f6fedfc
 import csv, difflib, io, json, re
@@ -359,12 +359,3 @@ def rows(n:int, # Size of the set
     at = range(k*batch, (k+1)*batch)
     orders = {e: fold(fold(seed, e), torch.arange(n)).argsort() for e in {i//n for i in at}}
     return [orders[i//n][i % n].item() for i in at]
-
-# %% ../../nbs/07_data/01_tables.ipynb #e8b4e434
-def shapes_pairs(n:int, # How many pairs
-                 seed:int=0 # Same seed, same pairs
-                )->tuple: # Pictures `(n, 3, 64, 64)` in [0, 1], captions
-    "Image-caption pairs of the embedded world"
-    from diffusion_sharpening.worlds.shapes.draw import dataset
-    ims, texts = dataset(n, seed)
-    return ims.float()/255, texts

@@ -18,7 +18,7 @@ from torch import Tensor
 from urllib import error, request
 from urllib.parse import urlsplit
 from ..basics.pictures import PictureError, as_png, as_tensor, open_header, open_picture
-from .address import limited, read_json, read_settings, shown, within
+from .address import limited, read_json, read_settings, shown, within, without_key
 from .protocol import Reward, RewardError
 
 # %% ../../nbs/04_rewards/16_remote.ipynb #1c7efb6e
@@ -281,8 +281,8 @@ class Remote(Reward):
         return [math.nan if v is None else float(v) for v in s]
 
     def identity(self)->dict:
-        "As of every reward, with a checksum of the address; what the server computes is not known here"
-        return super().identity() | dict(server=hashlib.sha256(self.url.encode()).hexdigest())
+        "As of every reward, with a checksum of the address without its key"
+        return super().identity() | dict(server=hashlib.sha256(without_key(self.url).encode()).hexdigest())
 
 def _is_score(v): # A number that a float can hold, or None
     if v is None or isinstance(v, bool) or not isinstance(v, (int, float)): return v is None

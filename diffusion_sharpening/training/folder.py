@@ -54,7 +54,7 @@ def locked(folder # For results; made if needed
 # What a run writes, by name
 RESULTS = ('run.json', 'metrics.jsonl', 'checkpoints', 'trackers', lora_file, 'lora_kohya.safetensors',
            'model',
-           'scores.json', 'report.json', 'reward_curve.png', 'before_after.png')
+           'before.safetensors', 'scores.json', 'report.json', 'reward_curve.png', 'before_after.png')
 
 # %% ../../nbs/12_training/08_folder.ipynb #d2ef4bbb
 def read_run(folder # Of a run
