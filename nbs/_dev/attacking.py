@@ -99,7 +99,7 @@ def trouble(end, *codes):
     if end.code not in (codes or (0, 1, 2)): return f'exit code {end.code}: {end.last():.200}'
     if end.code in (1, 2) and not re.fullmatch(r'sharpen: .{8,1000}', end.last()):
         return f'exit code {end.code} and no single line: {end.last():.200}'
-    odd = [l for l in lines if not BARS.match(l) and not l.startswith('sharpen: ')]
+    odd = [l for l in lines if not BARS.match(l) and not l.startswith(('sharpen: ', 'warning: '))]
     return f'standard error also says: {odd[0]:.200}' if odd else ''
 
 
