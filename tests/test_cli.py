@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 
-from diffusion_sharpening.commands import cli, report as reports, train as command
+from diffusion_sharpening.commands import cli, job, report as reports, train as command
 from diffusion_sharpening.evaluation.measure import report
 from diffusion_sharpening.commands.load import load_model
 from diffusion_sharpening.commands.report import table
@@ -142,7 +142,7 @@ class Flawed(Reward):
         return flaws[self.kind]
 
 
-def flawed(monkeypatch, *args): monkeypatch.setattr(command, 'load_reward', lambda *a, **k: Flawed(*args))
+def flawed(monkeypatch, *args): monkeypatch.setattr(job, 'load_reward', lambda *a, **k: Flawed(*args))
 
 
 @pytest.mark.parametrize('heldout', [0, 2])
@@ -310,14 +310,16 @@ def test_steps_on_the_line_win(xl, tmp_path):
 def test_alarms_are_in_the_report(xl, tmp_path, monkeypatch):
     "What the log watched, and what rang on the held-out pictures of this run; the table repeats it"
     asked = []
-    def ring(images, reference): asked.append((images, reference)); return ['pictures are darker']
+    def ring(images, reference, stats):
+        asked.append((images, reference))
+        return ['pictures are darker']
     monkeypatch.setattr(reports, 'alarms', ring)
     rep = command.train('rlhf', 'shapes', 'clip', out=str(tmp_path/'out'), heldout=12, S_eval=1, steps=20,
                         n=2,
                         S=2, batch=2, rank=2, lr=.03)
     seen = strict((tmp_path/'out/report.json').read_text())['alarms']
     assert seen == rep['alarms'] and seen['rang'][0] == 'pictures are darker'
-    assert {'image/brightness', 'held-out/checker'} <= set(seen['watched'])
+    assert {'image/brightness', 'image/bleed', 'held-out/checker'} <= set(seen['watched'])
     after, before = asked[0]
     assert after.shape == before.shape == (12, 3, 64, 64) and not after.equal(before)
     rows = [json.loads(l) for l in (tmp_path/'out/metrics.jsonl').read_text().splitlines()]
@@ -359,31 +361,6 @@ def test_embedded_model_trains_on_clip(tmp_path, monkeypatch):
 
 # Every command as a command line
 
-def readme_commands():
-    "The command lines of README.md, with numbers that make them small"
-    text = (Path(__file__).parents[1]/'README.md').read_text(encoding='utf-8')
-    lines = [l.split('#')[0].split() for l in text.splitlines() if l.startswith('sharpen ')]
-    less = {'--steps': {'100': '1', '200': '2'}}
-    few = ['--n', '2', '--S', '1']
-    more = dict(train=['--heldout', '2', '--S-eval', '1'], sample=few, evaluate=few)
-    for l in lines:
-        l = [less.get(a, {}).get(b, b) for a, b in zip(['', *l], l)]
-        if l[1] == 'train' and '--resume' not in l:
-            l += [*more['train'], '--set', 'n=2', 'S=2', 'batch=2', 'rank=2']
-        yield l[1:] + more.get(l[1], [])*(l[1] != 'train')
-
-
-def test_readme_commands(tmp_path, monkeypatch, capsys):
-    "What the README types works, in its order and in one folder"
-    monkeypatch.chdir(tmp_path)
-    seen = set()
-    for argv in readme_commands():
-        assert call(monkeypatch, *argv) == 0, argv
-        seen.add(argv[0])
-    assert {'train', 'sample', 'evaluate', 'plan'} <= seen
-    assert json.loads((tmp_path/'runs/first/report.json').read_text())['steps'] == 2
-
-
 def test_each_command(trained, tmp_path, monkeypatch, capsys):
     "export, push, score, plan, methods, rewards and serve-reward, from the command line to what they print"
     run, pics = trained[0], tmp_path/'pics'
@@ -392,7 +369,7 @@ def test_each_command(trained, tmp_path, monkeypatch, capsys):
     lines = [('export', run, '--out', tmp_path/'x.safetensors'),
              ('export', run, '--layout', 'diffusers', '--out', tmp_path),
              ('push', run, 'me/sharp', '--dry-run'),
-             ('plan', '--model', 'shapes', '--method', 'rlhf', '--json'),
+             ('plan', 'rlhf', '--json'),
              ('score', '--images', pics, '--prompts', pics/'prompts.jsonl', '--reward', 'clip@shapes',
               '--out', tmp_path/'s'),
              ('methods',), ('rewards',), ('evaluate', '--lora', run, '--reward', 'clip@shapes', '--n', 2,
@@ -405,6 +382,104 @@ def test_each_command(trained, tmp_path, monkeypatch, capsys):
         'demo', 'serve-reward'} == set(cli.COMMANDS)
     assert call(monkeypatch, 'serve-reward', '--reward', 'clip@nothing') == 2
     assert call(monkeypatch, 'demo', '--steps', -1, '--out', tmp_path/'demo') == 2
+
+
+def test_demo(tmp_path, monkeypatch, capsys):
+    "Few steps, what it prints and leaves, and that it goes on where it was"
+    monkeypatch.setattr(job, 'heldout_number', lambda n, model: 4)       # its 240 prompts take minutes
+    assert call(monkeypatch, 'demo', '--steps', 1, '--out', tmp_path/'demo') == 0
+    out = capsys.readouterr().out
+    assert '4 held-out prompts' in out and 'checker, overall' in out
+    assert f'report.json in {tmp_path}/demo' in out
+    there = {p.name for p in (tmp_path/'demo').iterdir()}
+    assert {'before_after.png', 'reward_curve.png', 'report.json'} <= there
+    assert call(monkeypatch, 'demo', '--steps', 1, '--out', tmp_path/'demo') == 2      # finished: stays
+
+
+def test_serve_reward_answers_a_remote_reward(tmp_path, monkeypatch, capsys):
+    "A server started as a command, asked by a training, ended by SIGTERM; its key is nowhere in the files"
+    code = 'from diffusion_sharpening.commands.cli import main; main()'
+    argv = ['serve-reward', '--reward', 'clip@shapes', '--port', '0']
+    pipe = subprocess.PIPE
+    server = subprocess.Popen([sys.executable, '-c', code, *argv], stdout=pipe, stderr=pipe, text=True,
+                              env=dict(os.environ, OMP_NUM_THREADS='1'))
+    try:
+        url = server.stdout.readline().split('--reward remote@')[1].strip()
+        args = ['--heldout', 2, '--S-eval', 1, '--set', *small]
+        out, keyed = tmp_path/'out', f'remote@{url}?token=SECRET123#patience=1'
+        train = ['train', 'rlhf', '--out', out, '--reward', keyed, '--steps', 1]
+        assert call(monkeypatch, *train, *args) == 0
+        assert 'types --reward again' in capsys.readouterr().out
+        assert call(monkeypatch, 'evaluate', '--reward', f'remote@{url}', '--n', 2, '--S', 1) == 0
+        assert call(monkeypatch, 'train', 'rlhf', '--resume', out, '--steps', 2) == 2     # no key
+        one_line(capsys.readouterr().err, 'resume: what followed ? in the address of the reward')
+        assert call(monkeypatch, 'train', 'rlhf', '--resume', out, '--reward', keyed, '--steps', 2) == 0
+        assert json.loads((out/'report.json').read_text())['batches'] == 2
+        files = [p for p in out.rglob('*') if p.is_file()]
+        assert len(files) > 8 and not [p for p in files if b'SECRET123' in p.read_bytes()]
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(20) == 0 and server.stderr.read() == ''
+    finally: server.kill()
+
+
+def test_before_is_measured_once(xl, tmp_path, monkeypatch, capsys):
+    "A run that goes on takes it from its folder; when something it hangs on changed, it is measured again"
+    args = ['--model', xl, '--reward', 'checker!', '--heldout', 2, '--S-eval', 1, '--steps', 1,
+            '--out', tmp_path/'out']
+    said = 'before training: as it was measured'
+    assert call(monkeypatch, 'train', 'rlhf', *args, '--set', *small) == 0
+    first = json.loads((tmp_path/'out/report.json').read_text())
+    assert said not in capsys.readouterr().out
+    assert call(monkeypatch, 'train', 'rlhf', '--resume', tmp_path/'out', '--steps', 2) == 0
+    assert said in capsys.readouterr().out
+    second = json.loads((tmp_path/'out/report.json').read_text())
+    assert (second['before'], second['batches']) == (first['before'], 2)
+    monkeypatch.setattr(command, 'content', lambda path: 'other code')
+    assert call(monkeypatch, 'train', 'rlhf', '--resume', tmp_path/'out', '--steps', 3) == 0
+    assert said not in capsys.readouterr().out
+
+
+def test_cut_prompts_are_said_once(xl, tmp_path, monkeypatch, capsys):
+    "Of all prompts of a command, in one line, however many batches meet them"
+    texts = [f'a red circle {k} ' + 'and a blue square '*20 for k in range(6)]
+    texts += ['a red circle', 'a blue star']
+    (tmp_path/'long').write_text('\n'.join(texts))
+    prompts = ['--model', xl, '--prompts', tmp_path/'long']
+    evaluation = ['--reward', 'clip@shapes', '--heldout', 2, '--S-eval', 1, '--steps', 3, '--set', *small]
+    for argv in (['train', 'rlhf', *prompts, '--out', tmp_path/'run', *evaluation],
+                 ['sample', *prompts, '--n', 8, '--S', 1, '--out', tmp_path/'p'],
+                 ['evaluate', *prompts, '--n', 8, '--S', 1, '--reward', 'clip@shapes']):
+        assert call(monkeypatch, *argv) == 0
+        said = [l for l in capsys.readouterr().err.splitlines() if l.startswith('warning: prompts: ')]
+        assert len(said) == 1 and '6 of 8 are longer than the 32 tokens' in said[0], said
+
+
+def test_captions_are_split_too(xl, tmp_path, monkeypatch, capsys):
+    "Nobody learns from pictures of held-out captions; a circle of links is walked once"
+    (tmp_path/'pairs').mkdir()
+    for i in range(6):
+        Image.new('RGB', (64, 64), (40*i, 90, 30)).save(tmp_path/f'pairs/{i}.png')
+        (tmp_path/f'pairs/{i}.txt').write_text(f'a red circle and {i} things')
+    (tmp_path/'pairs/again').symlink_to(tmp_path/'pairs', target_is_directory=True)
+    (tmp_path/'pairs/up').symlink_to(tmp_path, target_is_directory=True)
+    seen, fit = [], command.fit
+    def look(model, method, judge, source, *more):
+        seen.append(source.prompts)
+        return fit(model, method, judge, source, *more)
+    monkeypatch.setattr(command, 'fit', look)
+    monkeypatch.setenv('DIFFUSION_SHARPENING_CACHE', str(tmp_path/'cache'))
+    args = ['--model', xl, '--images', tmp_path/'pairs', '--reward', 'clip@shapes', '--S-eval', 1,
+            '--steps', 1]
+    assert call(monkeypatch, 'train', 'standard', *args, '--heldout', 2, '--out', tmp_path/'out', '--set',
+                'batch=2', 'rank=2') == 0
+    rep = json.loads((tmp_path/'out/report.json').read_text())
+    assert len(seen[0]) == 4 and rep['heldout_prompts'] == 2
+    assert '2 held out, 4 to train on' in rep['heldout_from']
+    held = json.loads((tmp_path/'out/scores.json').read_text())['prompts']
+    assert not {*held} & {*seen[0]}
+    capsys.readouterr()
+    no = tmp_path/'no'
+    refused(monkeypatch, capsys, no, 'learns from none', 'train', 'rlhf', *args, '--out', no)
 
 
 def test_scoring_a_sampled_folder_is_evaluating(tmp_path, monkeypatch, capsys):
@@ -459,7 +534,7 @@ class Signal(Reward):
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
 def test_a_stopped_run_does_not_exit_0(xl, tmp_path, monkeypatch, capsys, name):
     sig = getattr(signal, name)
-    monkeypatch.setattr(command, 'load_reward', lambda *a, **k: Signal(sig))
+    monkeypatch.setattr(job, 'load_reward', lambda *a, **k: Signal(sig))
     args = ['--model', xl, '--out', tmp_path/'out', '--heldout', 0, '--steps', 5, '--set', *small]
     assert call(monkeypatch, 'train', 'rlhf', *args) == 128 + sig
     assert f'{name}: stopped after batch' in capsys.readouterr().out
@@ -488,7 +563,7 @@ long = 'x'*300
     'sample --out {long} --n 1 --S 1', 'sample --lora {long} --model shapes --n 1 --out {out}',
     'sample --prompts {long} --out {out}', 'sample --model {long} --out {out}',
     'train rlhf --config {long} --out {out}', 'train rlhf --out {long} --heldout 0',
-    'score --images {long} --prompts {long}', 'export {long}', 'plan --model {long}'])
+    'score --images {long} --prompts {long}', 'export {long}', 'plan rlhf --model {long}'])
 def test_names_that_are_too_long(tmp_path, monkeypatch, capsys, argv):
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, *argv.format(long=long, out=tmp_path/'out').split()) in (1, 2)

@@ -2,6 +2,7 @@
 import json
 from collections import Counter
 from dataclasses import fields, replace
+from functools import partial
 
 import pytest, torch
 
@@ -10,6 +11,7 @@ from diffusion_sharpening.data.sources import Columns, Prompts
 from diffusion_sharpening.evaluation.measure import evaluate
 from diffusion_sharpening.methods.catalog import METHODS, find, presets as presets_of
 from diffusion_sharpening.methods.protocol import noise_columns
+from diffusion_sharpening.maths.rollout import Meter
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
@@ -17,9 +19,10 @@ from diffusion_sharpening.models.counting import KNOWN, anatomy, unet_cost, vae_
 from diffusion_sharpening.worlds.world import model_path
 from diffusion_sharpening.training.loop import prepare, train
 from diffusion_sharpening.training.run import Run, settings
+from diffusion_sharpening.basics.devices import DEVICES, device_here, device_of, mfu
+from diffusion_sharpening.training.advice import advice, fitting
 from diffusion_sharpening.training.plan import (
-    DEVICES, ROWS, Plan, advice, device_here, device_of, evaluations, fitting, measured, mfu, plan, plan_rows,
-    plan_table, units_of)
+    ROWS, Plan, evaluations, measured, plan, plan_rows, plan_table, units_of)
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
@@ -27,7 +30,6 @@ diffusers.utils.logging.disable_progress_bar()
 PROMPTS = ['a red circle', 'a blue square']
 small = dict(batch=2, rank=2, n=2, S=4, ema=0.)
 names = [(k, p) for k in ('sft', 'rlhf', *METHODS) for p in presets_of(k)]
-every_preset = pytest.mark.parametrize('name, preset', names)
 
 
 class Bright(Reward):
@@ -49,7 +51,7 @@ def values(rows): return {r['name']: r['value'] for r in rows}
 def small_for(name, preset, **more):
     "Small settings, those that the method has"
     have = {f.name for f in (*fields(Run), *fields(find(name, preset)()))}
-    return {k: v for k, v in (small | dict(m=2) | more).items() if k in have}
+    return {k: v for k, v in (small | dict(m=2, K=2) | more).items() if k in have}
 
 
 def metered(d):
@@ -66,21 +68,26 @@ def metered(d):
 
 
 def counted(folder, name, preset, **changes):
-    "One batch of a real training: network evaluations by kind, decodes, TFLOP"
+    "One batch of a real training: network evaluations by kind, decodes, TFLOP; a meter counts the same"
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     run, method = settings(name, preset, **changes)
     d = Denoiser.from_pretrained(folder, guidance=1., device='cpu')
     prepare(d, run, method)
     source = Columns(d, PROMPTS, noise_columns(method, d.item, 2), 2, run.seed)
-    batch, seen = source.batch(0), metered(d)
+    batch, seen, meter = source.batch(0), metered(d), Meter(d)
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
-        with torch.no_grad(): lesson = method.collect(d, Bright(), batch)
-        for u in range(method.updates): method.loss(d, Bright(), lesson, u)[0].mean().backward()
+        with torch.no_grad(): lesson = method.collect(meter, Bright(), batch)
+        for u in range(method.updates): method.loss(meter, Bright(), lesson, u)[0].mean().backward()
+    assert meter.nfe == seen['lesson'] + seen['plain']
     return seen, flops.get_total_flops()/1e12
 
 
-@every_preset
+# how many are accepted by chance hangs on the rewards
+fixed = [o for o in names if o not in (('graft', 'chance'), ('graft', 'classical'))]
+
+
+@pytest.mark.parametrize('name, preset', fixed)
 def test_evaluations_are_those_of_a_training(folders, name, preset):
     "Every method, on a real model: what is planned is what is counted, exactly"
     changes = small_for(name, preset)
@@ -136,14 +143,16 @@ def test_training_takes_the_chunk_of_the_plan(folders, monkeypatch):
 
 
 def test_advice():
-    "What fits needs none; what does not gets settings that do"
-    assert fitting('sdxl', 'rlhf', 'paper', 'h200', px=512, precision='bfloat16', batch=1) == {}
-    found = fitting('sdxl', 'rlhf', 'paper', '4090', px=512)
-    assert found['precision'] == 'bfloat16'
-    assert values(plan('sdxl', 'rlhf', 'paper', px=512, device='4090', **found))['fits']
-    assert f"batch={found['batch']}" in advice('sdxl', 'rlhf', 'paper', '4090',
-                                               px=512) if 'batch' in found else True
-    assert advice('sdxl', 'rlhf', 'paper', 'h200', px=512, precision='bfloat16', batch=1) == ''
+    "What fits needs none; what does not gets settings that do, as they are typed"
+    def asked(device, **more): return partial(plan, 'sdxl', 'rlhf', 'paper', device, 512, **more)
+    run = settings('rlhf', 'paper')
+    small = asked('h200', precision='bfloat16', batch=1)
+    assert fitting(small, *run) == {} and advice(small, *run) == ''
+    found = fitting(asked('4090'), *run)
+    assert found['precision'] == 'bfloat16' and values(asked('4090')(**found))['fits']
+    typed = advice(asked('4090'), *run).partition('--set ')[2].split()
+    from diffusion_sharpening.commands.options import parse_settings
+    assert parse_settings(typed) == found
 
 
 @pytest.mark.parametrize('name', DEVICES)
@@ -229,21 +238,21 @@ def test_the_plan_of_a_loaded_model(folders):
     run, method = settings('rlhf', 'paper', **small)
     prepare(d, run, method)
     units, sizes = measured(d)
-    now = values(plan_rows('', run, method, units, sizes, device_here(d)))
+    now = values(plan_rows('', run, method, units, sizes, device_here(d.device)))
     then = values(plan(str(folders/'xl'), 'rlhf', 'paper', guidance=1., **small))
     for k in 'rollout reference lesson forwards decode parameters learning'.split():
         assert now[k] == pytest.approx(then[k])
     for k in 'V tflop memory_weights memory_learning memory_graph'.split():
         assert now[k] == pytest.approx(then[k], rel=.15)
-    shared = values(plan_rows('', run, method, units, sizes, device_here(d), world=2))
+    shared = values(plan_rows('', run, method, units, sizes, device_here(d.device), world=2))
     assert (shared['images_per_second'] == pytest.approx(2*now['images_per_second'])
             and shared['memory_graph'] == pytest.approx(now['memory_graph']/2))
-    resumed = values(plan_rows('', run, method, units, sizes, device_here(d), seconds=2.))
+    resumed = values(plan_rows('', run, method, units, sizes, device_here(d.device), seconds=2.))
     assert resumed['images_per_second'] == run.batch*method.n/2
 
 
 def test_measured_time_gives_utilisation():
-    got = values(plan('shapes', 'rlhf', 'paper', seconds=3., batch=4, n=2, steps=1200))
+    got = values(plan('shapes', 'rlhf', 'paper', batch_seconds=3., batch=4, n=2, steps=1200))
     assert got['mfu'] == pytest.approx(mfu(got['tflop'], 3., 'cpu')) and got['hours'] == pytest.approx(1.)
     assert got['images_per_second'] == pytest.approx(8/3)
     guess = values(plan('shapes', 'rlhf', 'paper', share=.25))
@@ -276,7 +285,7 @@ def test_names_and_folders(folders):
     (dict(model='sdxl-turbo'), 'expected sdxl, sd15, an embedded model'),
     (dict(device='h20'), "Did you mean 'h200'"),
     (dict(px=100), 'multiple of 8'), (dict(px=-8), 'multiple of 8'), (dict(method='ppo'), 'method'),
-    (dict(n=0), 'at least 2'), (dict(seconds=0.), 'positive'), (dict(precision='int8'), 'precision'),
+    (dict(n=0), 'at least 2'), (dict(batch_seconds=0.), 'positive'), (dict(precision='int8'), 'precision'),
     (dict(colour=1), 'setting of rlhf')])
 def test_wrong_requests(kw, message):
     with pytest.raises(ValueError, match=message) as e: plan(**dict(model='shapes', method='rlhf') | kw)
@@ -290,6 +299,83 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
 def test_the_command_line(capsys):
     "As the README types it, and without a model"
     from diffusion_sharpening.commands import cli
-    for args in (['--model', 'sdxl', '--method', 'rlhf', '--px', '512', '--device', 'h200'], []):
-        assert cli.run(['plan', *args]) == 0
+    for args in (['--model', 'sdxl', '--px', '512', '--device', 'h200'], []):
+        assert cli.run(['plan', 'rlhf', *args]) == 0
         assert 'fits' in capsys.readouterr().out
+
+
+def test_plan_and_train_take_the_same_options():
+    "But for where results go; a plan may also be of another machine"
+    from diffusion_sharpening.commands import cli
+    train, planned = ({a.name: a for a in cli.ARGUMENTS[c]} for c in ('train', 'plan'))
+    assert train.keys() - planned.keys() == {'out', 'tracker', 'resume'}
+    assert planned.keys() - train.keys() == {'device', 'world', 'batch_seconds', 'share'}
+    for k in train.keys() & planned.keys(): assert train[k] == planned[k], k
+    assert cli.COMMANDS['train'].settings and cli.COMMANDS['plan'].settings
+    assert {'checkpointing', 'micro', 'batch', 'precision'} <= {f.name for f in fields(Run)}
+
+
+@pytest.fixture(scope='module')
+def cheap(tmp_path_factory):
+    "Folder of a small autoencoder"
+    d = tmp_path_factory.mktemp('cheap')/'taesd'
+    diffusers.AutoencoderTiny(encoder_block_out_channels=(8,)*4, decoder_block_out_channels=(8,)*4,
+                              num_encoder_blocks=(1,)*4, num_decoder_blocks=(1,)*4).save_pretrained(d)
+    return d
+
+
+def test_plan_and_train_print_the_same_table(folders, cheap, tmp_path, capsys):
+    "With every option that changes what a run costs, and not the table of the run without them"
+    from diffusion_sharpening.commands import cli
+    options = ['--model', folders/'xl', '--px', 128, '--guidance', 2, '--vae', cheap, '--heldout', 2,
+               '--S-eval', 1, '--reward', 'clip@shapes', '--steps', 1, '--set', 'n=2', 'S=2', 'batch=2',
+               'rank=2', 'checkpointing=true', 'micro=1', 'guidance=1']
+    options = [str(o) for o in options]
+    assert cli.run(['plan', 'rlhf', *options]) == 0
+    table = capsys.readouterr().out.strip()
+    assert cli.run(['train', 'rlhf', *options, '--out', str(tmp_path/'run')]) == 0
+    assert table in capsys.readouterr().out and 'guidance 1, float32' in table
+    made = json.loads((tmp_path/'run/report.json').read_text())['settings']
+    assert made['run']['checkpointing'] and made['method']['guidance'] == 1
+    assert cli.run(['plan', 'rlhf', *[o for o in options if o != 'checkpointing=true']]) == 0
+    assert capsys.readouterr().out.strip() != table
+
+
+def test_a_run_that_does_not_fit_says_what_would(folders, tmp_path, capsys, monkeypatch):
+    "And the settings it names do fit; nothing is written"
+    from diffusion_sharpening.commands import cli, train as command
+    rows = values(plan(str(folders/'xl'), 'rlhf', 'paper', batch=8, n=8, S=4, micro=1, heldout=2, S_eval=1))
+    less = replace(device_here(), memory=1.1*rows['memory'])
+    monkeypatch.setattr(command, 'device_here', lambda *a: less)
+    args = ['train', 'rlhf', '--preset', 'paper', '--model', str(folders/'xl'), '--reward', 'clip@shapes',
+            '--heldout', '2', '--S-eval', '1', '--steps', '1', '--out', str(tmp_path/'run'), '--set',
+            'batch=8', 'n=8', 'S=4']
+    with pytest.raises(SystemExit) as e: cli.main(args)
+    assert e.value.code == 2 and not (tmp_path/'run').exists()
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith('sharpen: plan: ') and 'it would fit with --set ' in line
+    more = line.split('--set ')[1].split()
+    with pytest.raises(SystemExit) as e: cli.main([*args, *more])
+    assert e.value.code == 0, capsys.readouterr().err
+
+
+def test_recomputed_activations_give_the_same_gradient(folders):
+    grads = []
+    for again in (False, True):
+        d = Denoiser.from_pretrained(folders/'xl', guidance=1., device='cpu')
+        run, method = settings('sft', 'plain', rank=2, checkpointing=again, ema=0.)
+        prepare(d, run, method)
+        with torch.no_grad():
+            for p in d.trainable(): p += .01
+        x = torch.randn(2, *d.item, generator=torch.Generator().manual_seed(0))
+        loss = d.denoising_loss(x, d.encode(PROMPTS), torch.tensor([1, 2])).sum()
+        grads.append(torch.autograd.grad(loss, d.trainable()))
+    for a, b in zip(*grads): assert torch.allclose(a, b, atol=1e-7)
+    assert any(g.abs().max() > 0 for g in grads[0])
+
+
+def test_the_evaluation_is_made_in_chunks_that_fit():
+    few = [values(plan('sdxl', 'rlhf', device=k, batch=1, n=4, precision='bfloat16', heldout=24))
+           for k in ('l4', 'h200')]
+    assert few[0]['evaluation_chunk'] < few[1]['evaluation_chunk'] == 24
+    assert all(v['memory_evaluation'] + v['memory_weights'] < v['memory'] + 1e-6 for v in few)

@@ -264,7 +264,8 @@ OTHER = dict(aggregate='last', loss_kind='rebel', n=8, m=1, S=5, alpha=1., eta=.
              )
 # of the forward-process family; where a setting needs another one to matter, the second
 OTHER |= dict(noises=2, most=.5, scale=.3, kl=.5, near=.7, near_rate=.5, anchor=.5, power=.5,
-              level=False, rise=.4, stay=.2)
+              level=False, rise=.4, stay=.2,
+              K=2, threshold=.95, tau=.3, ft_fraction=.5, round=1)
 BESIDE = dict(near_rate=dict(near=1.), clip=dict(updates=2), stay=dict(rise=.4))
 SHARED = {f for f in RAM.__dataclass_fields__ if f in Forward.__dataclass_fields__}
 

@@ -6,14 +6,16 @@
 __all__ = ['columns', 'number', 'complaint', 'stop_code']
 
 # %% ../../nbs/01_basics/09_console.ipynb #299f5405
-import signal
+import os, re, signal
 
 # %% ../../nbs/01_basics/09_console.ipynb #b406cf36
-def columns(rows:list # Lists of texts, all of one length
+def columns(rows:list, # Lists of texts, all of one length
+            right:tuple=() # Numbers of the columns that end together, such as those of numbers
            )->str:
     "Texts below each other"
-    wide = [max(map(len, col)) + 2 for col in zip(*rows)]
-    return '\n'.join(''.join(t.ljust(w) for t, w in zip(r, wide)).rstrip() for r in rows)
+    wide = [max(map(len, col)) for col in zip(*rows)]
+    def cell(i, t): return t.rjust(wide[i]) if i in right else t.ljust(wide[i])
+    return '\n'.join('  '.join(cell(i, t) for i, t in enumerate(r)).rstrip() for r in rows)
 
 # %% ../../nbs/01_basics/09_console.ipynb #f88e1988
 def number(x # A number, a text, a truth value, or None
@@ -25,21 +27,27 @@ def number(x # A number, a text, a truth value, or None
     return f'{x:.0f}' if abs(x) >= 1e4 else f'{x:.4g}'
 
 # %% ../../nbs/01_basics/09_console.ipynb #16e6662a
+def _line(text, most=600): # The same in one line that a terminal shows as it is
+    text = ''.join(c if c.isprintable() else '\ufffd' for c in ' '.join(text.split()))
+    return text if len(text) <= most else f'{text[:most*2//3]} … {text[-most//4:]}'
+
 def _machine(e): # One line on what the machine refused, or None
-    text = ' '.join(str(e).split())
+    text = _line(str(e))
     if isinstance(e, MemoryError) or 'out of memory' in text.lower():
         return f'out of memory; fewer prompts or candidates need less ({text[:120] or type(e).__name__})'
     if 'No space left' in text or 'os error 28' in text: return f'the disk is full ({text[:160]})'
+    if found := re.search(r'os error (\d+)', text): e = OSError(int(found[1]), os.strerror(int(found[1])))
     if isinstance(e, OSError):
-        return ': '.join(str(t) for t in (e.strerror or type(e).__name__, e.filename) if t)
+        return _line(': '.join(str(t) for t in (e.strerror or type(e).__name__, e.filename) if t))
 
 # %% ../../nbs/01_basics/09_console.ipynb #02f56173
 def complaint(e:BaseException # What a command raised
              )->tuple|None: # Exit code and one line; None for a fault of this library
     "What to say of an error"
     if isinstance(e, KeyboardInterrupt): return 128 + signal.SIGINT, 'interrupted'
-    if type(e).__name__ == 'TrainingError': return 1, ' '.join(str(e).split())
-    if isinstance(e, ValueError): return 2, ' '.join(str(e).split())
+    said = _line(str(e))
+    if type(e).__name__ == 'TrainingError': return 1, said
+    if isinstance(e, ValueError): return 2, said
     why = _machine(e)
     return why and (1, why)
 

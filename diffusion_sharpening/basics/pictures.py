@@ -7,7 +7,7 @@ __all__ = ['PICTURES', 'FORMATS', 'MAX_PIXELS', 'LITERAL', 'PictureError', 'open
            'open_picture', 'as_tensor', 'read_picture', 'as_png', 'marked', 'write_grid', 'plain']
 
 # %% ../../nbs/01_basics/07_pictures.ipynb #6aebf69d
-import io, torch, unicodedata
+import io, torch, unicodedata, warnings
 from pathlib import Path
 from PIL import Image
 from torch import Tensor
@@ -39,6 +39,11 @@ def _is_empty(source):
     except (OSError, ValueError): return False
 
 # %% ../../nbs/01_basics/07_pictures.ipynb #01575d9b
+def _opened(source): # Without Pillow's own words on large ones: the limit is looked at here
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+        return Image.open(source, formats=FORMATS)
+
 def open_header(source, # Path or bytes of a file
                 name:str='', # For errors; nothing: the path
                 limit:int=MAX_PIXELS # Pixels, width times height
@@ -48,7 +53,7 @@ def open_header(source, # Path or bytes of a file
     name = name or ('a picture' if data else str(source))
     try:
         if not data and not Path(source).is_file(): raise FileNotFoundError('no such file')
-        im = Image.open(io.BytesIO(source) if data else source, formats=FORMATS)
+        im = _opened(io.BytesIO(source) if data else source)
         moving = getattr(im, 'is_animated', False) and im.format != 'MPO'  # a camera's preview does not move
     except Exception as e: raise PictureError(name, _why(e, source)) from None
     if min(im.size) < 1: raise PictureError(name, 'one without pixels')

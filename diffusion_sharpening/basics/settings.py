@@ -8,14 +8,15 @@ __all__ = ['within', 'words', 'check_kinds', 'check_range', 'Settings', 'configu
 # %% ../../nbs/01_basics/05_settings.ipynb #d077721f
 import math
 from dataclasses import MISSING, field, fields
-from .words import one_of
+from .words import brief, one_of
 
 # %% ../../nbs/01_basics/05_settings.ipynb #6d1e8b9c
 def within(default, # Default, whose type is that of the setting
            lo=None, hi=None, # Smallest and largest value allowed; None: no bound
            above=None, below=None # Bounds that are themselves not allowed
           ): # A dataclass field
-    "A number with its range"
+    "A number with its range; a whole number without a largest one goes to 10⁹"
+    if type(default) is int and hi is None and below is None: hi = 10**9
     return field(default=default, metadata=dict(lo=lo, hi=hi, above=above, below=below))
 
 # %% ../../nbs/01_basics/05_settings.ipynb #13c4b95b
@@ -37,8 +38,9 @@ def check_kinds(cls, # A settings dataclass
         if f.name not in changes: continue
         v, (kinds, what) = changes[f.name], _KINDS[type(f.default)]
         odd = isinstance(v, bool) and type(f.default) is not bool
-        if not isinstance(v, kinds) or odd or (isinstance(v, float) and not math.isfinite(v)):
-            raise ValueError(f'{f.name}: expected {what}, found {v!r}')
+        endless = isinstance(v, float) and not math.isfinite(v) and v != f.default
+        if not isinstance(v, kinds) or odd or endless:
+            raise ValueError(f'{f.name}: expected {what}, found {brief(v)}')
 
 # %% ../../nbs/01_basics/05_settings.ipynb #c37f382e
 _BOUNDS = dict(lo=('at least', lambda v, b: v >= b), hi=('at most', lambda v, b: v <= b),
@@ -51,14 +53,20 @@ def check_range(f, # Field of a dataclass
     if f.metadata.get('words'): one_of(v, f.metadata['words'], f.name)
     for k, (word, ok) in _BOUNDS.items():
         b = f.metadata.get(k)
-        if b is not None and not ok(v, b): raise ValueError(f'{f.name}: expected {word} {b:g}, found {v}')
+        if b is not None and not ok(v, b):
+            raise ValueError(f'{f.name}: expected {word} {b:g}, found {brief(v)}')
 
 # %% ../../nbs/01_basics/05_settings.ipynb #ad0f3731
 class Settings:
     "Base of settings dataclasses: kinds and ranges are checked when an object is made"
+    whose = ''   # Stands before every complaint; not a field
     def __post_init__(self):
-        check_kinds(type(self), vars(self))
-        for f in fields(self): check_range(f, getattr(self, f.name))
+        try:
+            check_kinds(type(self), vars(self))
+            for f in fields(self): check_range(f, getattr(self, f.name))
+        except ValueError as e:
+            if not self.whose: raise
+            raise ValueError(f'{self.whose}: {e}') from None
 
 # %% ../../nbs/01_basics/05_settings.ipynb #9322d879
 def configure(make, # A settings dataclass, or a function that makes one from changes

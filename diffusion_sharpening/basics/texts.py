@@ -75,11 +75,20 @@ def hidden(name:str # Path within a folder, with `/`
 def names_in(folder # Of a data set
             )->list: # Paths within it, with `/`, sorted; ValueError for a folder that cannot be read
     "The files of a folder and the folders in it, without hidden ones"
-    def stop(e): raise ValueError(f'cannot read {e.filename}: {e.strerror}') from None
     folder, found, seen = Path(folder), [], set()
-    for at, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        here, below = os.path.realpath(at), Path(at).relative_to(folder)
-        folders[:] = [d for d in folders if not hidden(d) and here not in seen] # links may lead in a circle
-        if here not in seen: found += [(below/f).as_posix() for f in files if not hidden(f)]
-        seen.add(here)
+    links = [folder]
+    for top in links:                                       # grows while it is walked
+        for at, here, folders, files in _walk(top):
+            if here in seen or folder.resolve().is_relative_to(here) and at != folder:
+                folders.clear()                             # a circle, or known by another name
+                continue
+            seen.add(here)
+            links += [at/d for d in folders if (at/d).is_symlink()]
+            found += [(at.relative_to(folder)/f).as_posix() for f in files if not hidden(f)]
     return sorted(found)
+
+def _walk(top): # Folders in a fixed order, without links: path, real path, folders, files
+    def stop(e): raise ValueError(f'cannot read {e.filename}: {e.strerror}') from None
+    for at, folders, files in os.walk(top, onerror=stop):
+        folders[:] = sorted(d for d in folders if not hidden(d))
+        yield Path(at), Path(at).resolve(), folders, files

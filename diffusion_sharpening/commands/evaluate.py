@@ -7,8 +7,8 @@ __all__ = ['evaluate', 'said', 'score_said']
 
 # %% ../../nbs/13_commands/10_evaluate.ipynb #76140b5e
 from ..basics.console import columns, number
-from .heldout import check_judges, heldout_number, judges
-from .load import base_of, load_model
+from .heldout import check_judges, default_prompts, heldout_number, judges
+from .load import as_trained, base_of, load_model
 from ..data.tables import prompt_set
 from ..evaluation.measure import evaluate as measure, report
 from ..evaluation.tables import measured_table
@@ -17,10 +17,10 @@ from ..worlds.world import world_of
 
 # %% ../../nbs/13_commands/10_evaluate.ipynb #dd3c8991
 def evaluate(
-    model:str=None, # Embedded, a folder, or a name on the Hub; None: the LoRA's, or `shapes`
+    model:str=None, # Embedded (`shapes`), a folder, or a name on the Hub; None: the LoRA's, or embedded
     lora:str=None, # Folder of a run, or of any LoRA
     reward:str='clip', # Reward to report, beside the exam of the model's world
-    prompts:str='shapes', # `shapes` (held-out captions), FILE, FILE:COLUMN, or hf:owner/name:column
+    prompts:str=None, # World (held-out captions), FILE[:COLUMN], hf:owner/name:column; None: the model's
     n:int=None, # How many prompts; None: 240 for embedded models, 24 for others
     S:int=20, # Sampler steps
     eta:float=None, # Fresh noise of each step, 0 … 1; None: the world's best measured, 0 for others
@@ -33,10 +33,13 @@ def evaluate(
     model = base_of(model, lora)
     n, world = heldout_number(n, model), world_of(model)
     if n < 1: raise ValueError(f'n: expected at least one prompt, found {n}')
+    prompts = prompts or default_prompts(model)
     texts = prompt_set(prompts, n, 'heldout', seed=1)[:n]
     r = load_reward(reward, world and world.name, train=False)
-    d, asked = load_model(model, guidance, lora, px=px, variant=variant, eta=eta), judges(r, texts, model)
+    d = as_trained(load_model(model, guidance, lora, px=px, variant=variant, eta=eta), lora, S)
+    asked = judges(r, texts, model)
     check_judges(asked, texts, d)
+    d.say_cut(texts)
     e = measure(d, texts, asked, S, seed=seed)
     return dict(model=model, lora=lora, judge=reward, prompts=prompts, heldout_prompts=len(texts), S=S,
                 guidance=d.guidance, nfe_per_image=e.nfe, **report(e))

@@ -7,7 +7,8 @@ __all__ = ['parse_settings', 'read_config']
 
 # %% ../../nbs/13_commands/04_options.ipynb #dfa9d1e7
 import json
-from pathlib import Path
+from ..basics.files import read_json
+from ..basics.words import brief
 
 # %% ../../nbs/13_commands/04_options.ipynb #8b47e832
 def parse_settings(pairs:list # `key=value` texts
@@ -16,17 +17,16 @@ def parse_settings(pairs:list # `key=value` texts
     out = {}
     for p in pairs or []:
         k, eq, v = p.partition('=')
-        if not eq or not k: raise ValueError(f'--set: expected key=value, found {p!r}')
+        if not eq or not k: raise ValueError(f'--set: expected key=value, found {brief(p)}')
         try: out[k] = json.loads(f'0{v}' if v[:1] == '.' else v)
-        except json.JSONDecodeError: out[k] = v
+        except (ValueError, RecursionError): out[k] = v
     return out
 
 # %% ../../nbs/13_commands/04_options.ipynb #db786b5f
 def read_config(path # JSON file with an object of settings
                )->dict: # ValueError if it is not one
     "Settings from a file"
-    try: cfg = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
-        raise ValueError(f'config: {path} is not readable JSON ({e})') from None
+    try: cfg = read_json(path)
+    except ValueError as e: raise ValueError(f'config: {e}') from None
     if isinstance(cfg, dict): return cfg
     raise ValueError(f'config: expected an object of settings in {path}, found {type(cfg).__name__}')

@@ -6,9 +6,10 @@
 __all__ = ['watched', 'suspicions', 'compared', 'table', 'said']
 
 # %% ../../nbs/13_commands/07_report.ipynb #975dfa81
+from functools import partial
 from ..basics.stats import shown
 from ..evaluation.alarms import alarms
-from ..evaluation.measure import delta, report
+from ..evaluation.measure import delta, report, statistics
 from ..evaluation.tables import change_table
 
 # %% ../../nbs/13_commands/07_report.ipynb #7716ff20
@@ -25,7 +26,8 @@ def suspicions(before, # `Evaluation` before training
                reward:str # Name of the trained reward
               )->list: # A line each; empty: nothing rang
     "What to look at before believing a report"
-    lines = alarms(after.images, before.images) if len(after.prompts) > 1 else []
+    stats = partial(statistics, prompts=after.prompts)
+    lines = alarms(after.images, before.images, stats=stats) if len(after.prompts) > 1 else []
     change = {k: v['overall'] for k, v in delta(before, after)['judges'].items()}
     own = change.pop(reward)
     fell = {k: i for k, i in change.items() if (own['low'] or 0) > 0 > (i['high'] or 0)}

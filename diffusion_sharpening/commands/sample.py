@@ -6,12 +6,12 @@
 __all__ = ['write_pictures', 'sample', 'said']
 
 # %% ../../nbs/13_commands/09_sample.ipynb #e3d9bb70
-import torch
 from pathlib import Path
 from torch import Tensor
 from ..basics.files import write_whole
 from ..basics.pictures import as_png, write_grid
-from .load import base_of, load_model, output_folder
+from .heldout import default_prompts
+from .load import as_trained, base_of, load_model, output_folder
 from ..data.tables import prompt_set, write_prompts
 from ..evaluation.measure import start_seeds
 
@@ -35,9 +35,9 @@ def write_pictures(pictures:Tensor, # `(N, 3, H, W)` in [0, 1]
 
 # %% ../../nbs/13_commands/09_sample.ipynb #fa51d605
 def sample(
-    model:str=None, # Embedded, a folder, or a name on the Hub; None: the LoRA's, or `shapes`
+    model:str=None, # Embedded (`shapes`), a folder, or a name on the Hub; None: the LoRA's, or embedded
     lora:str=None, # Folder of a run, or of any LoRA
-    prompts:str='shapes', # `shapes` (held-out captions), FILE, FILE:COLUMN, or hf:owner/name:column
+    prompts:str=None, # World (held-out captions), FILE[:COLUMN], hf:owner/name:column; None: the model's
     out:str='out', # Folder for the pictures
     n:int=24, # How many prompts
     S:int=20, # Sampler steps
@@ -50,9 +50,12 @@ def sample(
     "Make pictures"
     if n < 1: raise ValueError(f'n: expected at least one picture, found {n}')
     if S < 1: raise ValueError(f'S: expected at least one sampler step, found {S}')
-    texts = prompt_set(prompts, n, 'heldout', seed=1)[:n]
+    model = base_of(model, lora)
+    texts = prompt_set(prompts or default_prompts(model), n, 'heldout', seed=1)[:n]
     seeds, out = start_seeds(seed, len(texts)), output_folder(out)
-    d = load_model(base_of(model, lora), guidance, lora, px=px, variant=variant, eta=eta)
+    d = load_model(model, guidance, lora, px=px, variant=variant, eta=eta)
+    d.say_cut(texts)
+    d = as_trained(d, lora, S)
     write_pictures(d.sample(texts, seeds, S).cpu(), texts, out)
     return out
 

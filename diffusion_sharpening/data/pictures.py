@@ -19,7 +19,7 @@ from PIL import Image
 from ..basics.pictures import as_tensor, open_header, open_picture, upright_size
 from ..basics.seeds import fold
 from ..basics.words import one_of
-from .archives import listed, parts_of
+from .archives import listed, part_of, parts_of
 from .tables import Source, parse_source, rows
 
 # %% ../../nbs/07_data/03_pictures.ipynb #1dc2c42d
@@ -147,6 +147,11 @@ class Pairs:
         "A picture as it was, RGB"
         p, j = self.at(i)
         return open_picture(self.data(i), p.name(j))
+    def without(self, captions) -> 'Pairs':
+        "The same without pairs that have one of these captions"
+        unwanted = set(captions)
+        kept = [part_of(p, [c not in unwanted for c in p.captions]) for p in self.parts]
+        return Pairs(kept, self.sizes)
     def fit(self, i) -> tuple:
         "Picture `(3, h, w)` in [0, 1], `Size`"
         im = self.picture(i)

@@ -61,12 +61,13 @@ def shift(now:Tensor, # One statistic of a set `(N,)`
 
 # %% ../../nbs/11_evaluation/02_alarms.ipynb #af051492
 def shifts(images:Tensor, # `(N, 3, H, W)` in [0, 1]
-           reference:Tensor # `(M, 3, H, W)`, e.g. the same prompts before training
+           reference:Tensor, # `(M, 3, H, W)`, e.g. the same prompts before training
+           stats=picture_stats # `images -> {name: (N,)}`
           )->dict: # Name → as from `shift`; ValueError for fewer than two pictures
     "How far a set of pictures has moved from a reference set"
     if min(len(images), len(reference)) < 2:
         raise ValueError('shifts: expected at least two pictures in each set')
-    now, old = picture_stats(images), picture_stats(reference)
+    now, old = stats(images), stats(reference)
     return {k: shift(now[k], old[k], k == 'diversity') for k in old}
 
 # %% ../../nbs/11_evaluation/02_alarms.ipynb #a1a12208
@@ -77,10 +78,13 @@ SAYS = dict(brightness=('darker', 'brighter'), saturation=('paler', 'more colour
 def alarms(images:Tensor, # `(N, 3, H, W)` in [0, 1]
            reference:Tensor, # `(M, 3, H, W)`, e.g. the same prompts before training
            limit:float=.5, # Shift that counts, in spreads of the reference
-           sure:float=4. # Standard errors that count
+           sure:float=4., # Standard errors that count
+           stats=picture_stats # `images -> {name: (N,)}`
           )->list: # A line for each statistic that moved; empty: all is as it was
     "What a person should look at before believing that a reward went up"
-    moved = {k: o for k, o in shifts(images, reference).items() if abs(o['shift']) > limit
-             and o['sure'] > sure}
-    return [f"pictures are {SAYS[k][o['shift'] > 0]}: {k.replace('_', ' ')} {o['before']:.3f} → "
+    moved = {k: o for k, o in shifts(images, reference, stats).items()
+             if abs(o['shift']) > limit and o['sure'] > sure}
+    return [f"pictures are {_says(k)[o['shift'] > 0]}: {k.replace('_', ' ')} {o['before']:.3f} → "
             f"{o['now']:.3f} ({o['shift']:+.1f} spreads)" for k, o in moved.items()]
+
+def _says(name): return SAYS.get(name, (f'of less {name}', f'of more {name}'))

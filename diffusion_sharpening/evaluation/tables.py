@@ -6,6 +6,7 @@
 __all__ = ['rows', 'measured_table', 'changes', 'change_table']
 
 # %% ../../nbs/11_evaluation/03_tables.ipynb #f7f54831
+from ..basics.console import columns
 from ..basics.stats import shown
 
 # %% ../../nbs/11_evaluation/03_tables.ipynb #38d616c3
@@ -20,7 +21,7 @@ def rows(judges:dict # From `report` or `delta`: name → group → interval
 def measured_table(rep:dict # From `report`
                   )->str:
     "One evaluation as text"
-    return '\n'.join(f'{k:<28}{shown(i)}' for k, i in rows(rep['judges']))
+    return columns([[k, shown(i)] for k, i in rows(rep['judges'])])
 
 # %% ../../nbs/11_evaluation/03_tables.ipynb #be23ecce
 def changes(rep:dict # With `before`, `after` and `delta`
@@ -35,4 +36,4 @@ def change_table(rep:dict # With `before`, `after` and `delta`
                 )->str:
     "Before and after as text"
     lines = [('', 'before', 'after', 'change with its 95 % interval'), *changes(rep)]
-    return '\n'.join(f'{k:<28}{b:>8}{a:>8}   {d}' for k, b, a, d in lines)
+    return columns(lines, right=(1, 2))

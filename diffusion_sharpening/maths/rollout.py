@@ -70,6 +70,11 @@ class Meter:
         self._add(x_t)
         return self.model.output(x_t, t, cond)
 
+    def denoising_loss(self, x0, cond, seeds):
+        "As the model's, counted: one evaluation for each item"
+        self.count[0] += len(x0)
+        return self.model.denoising_loss(x0, cond, seeds)
+
     def with_guidance(self, guidance:float):
         "The same with another guidance; both share the counter"
         view = Meter(self.model.with_guidance(guidance))

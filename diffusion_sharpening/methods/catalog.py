@@ -18,7 +18,10 @@ from .nft import NFT
 from .ddpo import DDPO
 from .diffusion_dpo import DiffusionDPO
 from .flow_grpo import FlowGRPO
+from .gors import GORS, RWR
+from .graft import GRAFT
 from .online_dpo import OnlineDPO
+from .p_graft import PGRAFT
 from .protocol import Method
 from .ram import RAM
 from .reward_gradient import DRaFT, ReFL
@@ -38,6 +41,7 @@ METHODS = dict(
     ddpo=DDPO, flow_grpo=FlowGRPO, diffusion_dpo=DiffusionDPO, d3po=D3PO,
     spo=SPO, refl=ReFL, draft=DRaFT,
     nft=NFT, awm=AWM, rvm=RVM, ram=RAM, crd=CRD, elbo_pg=ELBOPG,
+    graft=GRAFT, p_graft=PGRAFT, gors=GORS, rwr=RWR,
 )
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #0dc577fa

@@ -16,11 +16,11 @@ from .parts import (
 from .protocol import Lesson, Method
 
 # %% ../../nbs/08_methods/10_contrast.ipynb #303dff1b
-def goodness(R:torch.Tensor # Rewards `(n, B)`
-            )->torch.Tensor: # `(n, B)` in [0, 1]; ½ is neutral
+def goodness(above:torch.Tensor, # Rewards minus the mean of their prompt, any shape
+             variance:torch.Tensor # Their mean square over the whole batch
+            )->torch.Tensor: # In [0, 1]; ½ is neutral
     "How good candidates are beside the others of their prompt, on one scale for the batch"
-    above = R - R.mean(0)
-    return .5 + .25*(above/(above.std(correction=0) + 1e-6)).clamp(-2, 2)
+    return .5 + .25*(above/(variance.sqrt() + 1e-6)).clamp(-2, 2)
 
 # %% ../../nbs/08_methods/10_contrast.ipynb #98e9a1f8
 @dataclass
@@ -48,10 +48,12 @@ class Contrast(Method):
         x0 = from_prompt(view, self.S, seeds, batch.cond, self.eta)
         R, pictures = at_end(view, judge, x0, batch.prompts)
         use = (~tied(R)).float()
-        rows = dict(x0=flat(x0), r=flat(goodness(R)), seeds=flat(seeds),
+        above = R - R.mean(0)
+        rows = dict(x0=flat(x0), above=flat(above), seeds=flat(seeds),
                     prompt_seeds=batch.seeds.repeat(self.n))
         log = summary(R) | dict(tied=1-use.mean())
-        return Lesson(rows, repeated(batch.cond, self.n), use.repeat(self.n), log, pictures)
+        return Lesson(rows, repeated(batch.cond, self.n), use.repeat(self.n), log, pictures,
+                      means=dict(variance=above.square().mean()))
 
     def loss(self, model, judge, lesson, u) -> tuple:
         "Contrast losses `(n·B,)`"
@@ -61,7 +63,8 @@ class Contrast(Method):
         with torch.no_grad(), model.use('old'): old = view.predict(x_t, t, lesson.cond)[0]
         new = view.predict(x_t, t, lesson.cond)[0]
         moved = (new-old).detach().square().flatten(1).mean(1)
-        return contrast(new, old, x0, lesson['r'], self.beta), dict(moved=moved)
+        r = goodness(lesson['above'], lesson.means['variance'])
+        return contrast(new, old, x0, r, self.beta), dict(moved=moved)
 
     def after(self, model):
         "The old policy follows"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..basics.seeds import stream
 from ..basics.settings import within
 from ..maths.losses import preference, step_log_ratio
-from ..maths.samplers import log_prob, step_coefs
+from ..maths.samplers import log_prob
 from .parts import at_end, candidate_seeds, guided, repeated, summary
 from .policy_gradient import step_law, step_rows, trained_steps, whole_paths
 from .protocol import Lesson, Method

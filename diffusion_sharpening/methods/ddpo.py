@@ -9,8 +9,9 @@ __all__ = ['AgainstUsual', 'DDPO', 'DDPOScore']
 from dataclasses import dataclass
 from ..basics.settings import within
 from ..maths.losses import policy_gradient
-from .policy_gradient import (
-    PolicyGradient, RewardMemory, from_everywhere, moved)
+from ..maths.reward_memory import RewardMemory
+from diffusion_sharpening.methods.policy_gradient import (
+    PolicyGradient, from_everywhere, moved)
 
 # %% ../../nbs/08_methods/21_ddpo.ipynb #afe4b9fe
 @dataclass

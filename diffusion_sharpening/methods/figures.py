@@ -44,11 +44,12 @@ def draw_rows(prompt:str, # Text
     "Draw the choices of a method, one below the other"
     import matplotlib.pyplot as plt
     wide = max(len(row.pictures) for row in rows)
-    fig, axs = plt.subplots(len(rows), wide, figsize=(1.45*wide, 1.75*len(rows) + .4), squeeze=False,
+    fig, axs = plt.subplots(len(rows), wide, figsize=(1.3*wide, 1.7*len(rows) + .4), dpi=55, squeeze=False,
                             layout='constrained')
+    fig.get_layout_engine().set(h_pad=.16)
     for line, row in zip(axs, rows):
         for ax in line[len(row.pictures):]: ax.axis('off')
-        line[0].set_title(row.title, fontsize=9, loc='left')
+        line[0].text(0, 1.08, row.title, fontsize=9, transform=line[0].transAxes).set_in_layout(False)
         for i, (ax, x) in enumerate(zip(line, marked(row.pictures))):
             ax.imshow(x.permute(1, 2, 0).clamp(0, 1).numpy())
             ax.set(xticks=[], yticks=[])

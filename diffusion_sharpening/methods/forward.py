@@ -37,13 +37,13 @@ def forward_batch(model, # As it is asked: without guidance
     goal = x0 if clean else target(model.schedule, x0, eps, t, model.kind)
     return ForwardBatch(ask(), goal, A, said)
 
-# %% ../../nbs/08_methods/13_forward.ipynb #27be64b1
+# %% ../../nbs/08_methods/13_forward.ipynb #7a089be2
 @dataclass
 class Forward(Method):
     "Learn from whole samples by their rewards, on fresh noise; a method of the family is its `rule`"
     n: int = within(8, 2)             # Samples per prompt
     S: int = within(10, 1)            # Sampler steps
-    eta: float = within(0., 0, 1)     # Fresh noise of each step
+    eta: float = within(-1., -1, 1)   # Fresh noise of each step; below 0: as the model samples
     noises: int = within(1, 1)        # Fresh noises of each sample in an update, each at a time of its own
     updates: int = within(1, 1)       # Gradient updates on each batch
     group: bool = False               # Divide rewards by the spread of their prompt, not of the batch?
@@ -53,8 +53,8 @@ class Forward(Method):
     near: float = within(0., 0)       # Weight of the squared distance from an averaged copy of the policy
     near_rate: float = within(.1, 0, 1) # How fast the averaged copy follows
     anchor: float = within(0., 0)     # Weight of the plain loss on pictures of data
-    early: float = within(0., 0, below=1) # Ask no earlier than this share of the sampler's steps
-    late: float = within(1., above=0, hi=1) # Ask no later than this share
+    early: float = within(.1, 0, below=1) # Ask no earlier than this share of the sampler's steps
+    late: float = within(.6, above=0, hi=1) # Ask no later than this share
     guidance: float = within(1., 0)   # Classifier-free guidance in rollouts; 1: none, 0: as the model samples
 
     compares = () # Whom the rule needs: `ref`, `old`
@@ -92,7 +92,7 @@ class Forward(Method):
         with model.use(self.sampler): x0 = from_prompt(view, self.S, seeds, batch.cond, self.eta)
         R, pictures = at_end(view, judge, x0, batch.prompts)
         A = self.scale*advantages(R, self.group).clamp(-self.most, self.most)
-        columns = dict(x0=x0, A=A, seeds=seeds)
+        columns = dict(x0=x0, A=A, seeds=seeds, clock=batch.seeds.expand(self.n, -1))
         if self.anchor: columns['data'] = batch.data['x0'].expand(self.n, *batch.data['x0'].shape)
         rows = self.rows(columns)
         times = len(rows['A'])//len(batch)
@@ -108,8 +108,8 @@ class Forward(Method):
 
     def ask(self, model, lesson, u) -> ForwardBatch:
         "What policy and others say of the rows, noised afresh"
-        x0, A, seeds, k = (lesson[c] for c in ('x0', 'A', 'seeds', 'k'))
-        place = places(seeds, k, self.noises, u, self.early, self.late)
+        x0, A, seeds, k, clock = (lesson[c] for c in ('x0', 'A', 'seeds', 'k', 'clock'))
+        place = places(clock, k, self.noises, u, self.early, self.late)
         t = self.times(model, self.S, place).to(x0.device)
         return forward_batch(plain(model), x0, A, t, seeds, lesson.cond, u, self.others(), self.clean)
 

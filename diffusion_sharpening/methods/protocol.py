@@ -7,7 +7,7 @@ __all__ = ['Lesson', 'Method', 'noise_columns', 'check_method']
 
 # %% ../../nbs/08_methods/01_protocol.ipynb #d33f6182
 import torch
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from torch import Tensor
 from ..basics.seeds import START, fold, noise
 from ..basics.settings import Settings
@@ -22,6 +22,7 @@ class Lesson:
     log:dict # Statistics of the batch
     pictures:Tensor = None # That were scored, `(n, B, …)`
     prompts:list = None # Texts of the `R` rows, where the judge is asked while learning
+    means:dict = field(default_factory=dict) # Name → number; `loss` finds its mean over all processes
 
     def __len__(self): return len(self.use)
 
@@ -69,6 +70,10 @@ class Method(Settings):
 
     def after(self, model):
         "What follows an update"
+
+    def deployed(self, model, S:int):
+        "The trained model as it is sampled in `S` steps"
+        return model
 
     def state(self) -> dict:
         "What is kept between batches: name → tensor"

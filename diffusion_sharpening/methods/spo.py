@@ -15,7 +15,7 @@ from ..maths.losses import preference, step_log_ratio
 from ..maths.rollout import rollout
 from ..maths.samplers import log_prob
 from ..maths.schedules import pad_right
-from .parts import at_end, candidate_seeds, flat, guided, repeated, summary
+from .parts import at_end, candidate_seeds, guided, repeated, summary
 from .policy_gradient import step_law
 from .protocol import Lesson, Method
 

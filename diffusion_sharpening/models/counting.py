@@ -210,12 +210,25 @@ def unet_cost(
     one_of(layers, ['attention', 'linear'], 'layers')
     return _counted(str(model), picture_side(model, px), rank, layers, checkpointing, dtype_of(dtype))
 
+# %% ../../nbs/03_models/14_counting.ipynb #bca29b67
+def _vae_config(name): # Of an autoencoder that is a folder, or was downloaded from the Hub
+    from huggingface_hub import try_to_load_from_cache
+    file = Path(name)/'config.json'
+    here = Path(name).exists() or name.count('/') != 1
+    cached = None if here else try_to_load_from_cache(name, 'config.json')
+    if not file.exists() and not isinstance(cached, str):
+        raise ValueError('vae: expected the folder of an autoencoder, or one that was downloaded; '
+                         f'found {name}')
+    return json.loads((file if file.exists() else Path(cached)).read_text())
+
 # %% ../../nbs/03_models/14_counting.ipynb #9ae593a6
 @lru_cache(maxsize=64)
-def _vae_counted(model, px, way, grad, dtype):
-    from diffusers import AutoencoderKL
+def _vae_counted(model, px, way, grad, dtype, other):
+    import diffusers
     a = anatomy(model); side = px//a.factor
-    with torch.device('meta'): vae = AutoencoderKL.from_config(a.vae)
+    config = _vae_config(other) if other else a.vae
+    kind = getattr(diffusers, config.get('_class_name', 'AutoencoderKL'))
+    with torch.device('meta'): vae = kind.from_config(config)
     for p in vae.requires_grad_(False).parameters(): p.data = p.data.to(dtype)
     shape = (1, a.vae['latent_channels'], side, side) if way == 'decode' else (1, 3, px, px)
     x = torch.empty(shape, device='meta', dtype=dtype, requires_grad=grad)
@@ -228,8 +241,10 @@ def vae_cost(
     px:int=None, # Picture side; None: what the model was made for
     way:str='decode', # Or encode
     grad:bool=False, # Keep the graph to the latents, as for a reward with gradients
-    dtype='bfloat16' # Of weights and activations
+    dtype='bfloat16', # Of weights and activations
+    vae=None # Folder of another autoencoder, or its name on the Hub if it was downloaded; None: the model's
 )->tuple: # `Cost` and parameters
     "One decode (or encode) of one picture"
     one_of(way, ['decode', 'encode'], 'way')
-    return _vae_counted(str(model), picture_side(model, px), way, grad, dtype_of(dtype))
+    other = vae and str(vae)
+    return _vae_counted(str(model), picture_side(model, px), way, grad, dtype_of(dtype), other)

@@ -117,7 +117,7 @@ def encode(self:Denoiser,
     prompts = [prompts] if prompts is None or isinstance(prompts, str) else list(prompts)
     if not prompts or not all(isinstance(p, str) for p in prompts):
         raise ValueError(f'prompts: expected a text or a list of at least one, found {prompts!r:.60}')
-    if not self.cut_said: self.say_cut([p for p in prompts if p not in self.cache])
+    if not self.cut_said: self._warn_of_cuts([p for p in prompts if p not in self.cache])
     known = {p: self._cached(p) for p in dict.fromkeys(prompts)}
     text = Cond.cat(known[p] for p in prompts)
     return Cond(**dict(text.items()), **self.family.extra(len(prompts), self.size)).to(self.device)
@@ -158,20 +158,28 @@ def cut(self:Denoiser,
 ) -> list: # Those that are longer than what the text encoders read
     "Prompts of which the end is not read"
     toks = [o for k, o in self.pipe.components.items() if k.startswith('tokenizer') and o is not None]
-    def long(p): return any(len(o(p, verbose=False).input_ids) > o.model_max_length for o in toks)
-    return [p for p in prompts if long(p)]
+    def long(p, o): # a token is at least one byte, and two are marks
+        most = o.model_max_length
+        return len(p.encode('utf-8', 'replace')) + 2 > most and len(o(p, verbose=False).input_ids) > most
+    return [p for p in prompts if any(long(p, o) for o in toks)]
+
+# %% ../../nbs/03_models/12_denoiser.ipynb #41a6e520
+@patch
+def _warn_of_cuts(self:Denoiser, prompts):  # Once: of those that are cut, how many and which is the first
+    long = self.cut(prompts)
+    if not long: return
+    self.cut_said, limit = True, self.pipe.tokenizer.model_max_length
+    warnings.warn(f'prompts: {len(long)} of {len(prompts)} are longer than the {limit} tokens that the '
+                  f'text encoder reads, and cut there. The first: {long[0]!r:.80}', stacklevel=3)
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #229e88df
 @patch
 def say_cut(self:Denoiser,
     prompts:list # Texts; best all of a run
 ):
-    "Warn, once for a model, of prompts that are cut"
-    if long := self.cut(prompts):
-        self.cut_said = True
-        limit = self.pipe.tokenizer.model_max_length
-        warnings.warn(f'prompts: {len(long)} of {len(prompts)} are longer than the {limit} tokens that the '
-                      f'text encoder reads, and cut there. The first: {long[0]!r:.80}', stacklevel=3)
+    "Warn of prompts that are cut, in one line with how many; nothing more is said of any afterwards"
+    self._warn_of_cuts(list(dict.fromkeys(prompts)))
+    self.cut_said = True
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #b19eaffc
 @patch(as_prop=True)

@@ -109,3 +109,13 @@ def gather(self:Learner):
 def wait(self:Learner):
     "Keep the other processes company until they have come as far"
     if self.sharded: self.policies.forward.wait()
+
+# %% ../../nbs/03_models/08_learner.ipynb #68ac0818
+@patch
+def checkpoint_activations(self:Learner):
+    "Compute activations again in the backward pass from now on, instead of keeping them"
+    try: self.policies.net.enable_gradient_checkpointing()
+    except (AttributeError, ValueError):
+        kind = type(self.policies.net).__name__
+        raise ValueError('checkpointing: expected a network that can compute its activations again, '
+                         f'found {kind}') from None

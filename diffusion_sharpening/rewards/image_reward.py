@@ -42,7 +42,7 @@ def tokens(tok, # A BERT tokenizer
           )->tuple: # Ids and mask, `(B, limit)`
     "Prompts as the text model reads them; warns where one is cut"
     longest = max(len(ids) for ids in tok(prompts)['input_ids'])
-    if longest > limit: warnings.warn(f'ImageReward reads {limit} tokens, as the original does; '
+    if longest > limit: warnings.warn(f'image_reward: it reads {limit} tokens, as the original does; '
                                       f'a prompt of {longest} was cut')
     out = tok(prompts, padding='max_length', truncation=True, max_length=limit, return_tensors='pt')
     return out['input_ids'], out['attention_mask']

@@ -16,6 +16,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 import torch
 from torch import Tensor
+from ..basics import settings as ranges
 from .address import (
     TooSlow, in_threads, limited_client, read_settings, shown, within)
 from .protocol import Reward, RewardError
@@ -168,25 +169,25 @@ class Cache:
 
 # %% ../../nbs/04_rewards/11_mllm.ipynb #2b7c53b7
 @dataclass
-class Settings:
+class Settings(ranges.Settings):
     "How a grader asks"
-    workers: int = 4          # Requests in flight
-    timeout: float = 60.      # Seconds a server may be silent
-    total: float = 180.       # Seconds a reply may take in all
-    retries: int = 2          # Of a request that was not served: 408, 409, 429, 5xx, no connection, timeout
-    patience: int = 3         # Batches in a row without one grade before giving up
-    max_tokens: int = 300     # Of a reply; twice as many when it is asked for again
-    temperature: float = 0.   # Of the model
-    side: int = 512           # Longest side of the picture that is sent, in pixels
-    budget: float = math.inf  # The most that may be spent, in the currency of the prices
-    price_in: float = 0.      # Of a million tokens sent
-    price_out: float = 0.     # Of a million tokens received
-    cache: str = ''           # SQLite file that keeps grades; empty: none
+    whose = 'mllm'
+    workers: int = ranges.within(4, 1, 256)              # Requests in flight
+    timeout: float = ranges.within(60., above=0, hi=1e6) # Seconds a server may be silent
+    total: float = ranges.within(180., above=0, hi=1e6)  # Seconds a reply may take in all
+    retries: int = ranges.within(2, 0, 100) # Of a request that was not served: 408, 409, 429, 5xx, timeout
+    patience: int = ranges.within(3, 1)     # Batches in a row without one grade before giving up
+    max_tokens: int = ranges.within(300, 1) # Of a reply; twice as many when it is asked for again
+    temperature: float = ranges.within(0., 0, 2)         # Of the model
+    side: int = ranges.within(512, 1, 16384) # Longest side of the picture that is sent, in pixels
+    budget: float = ranges.within(math.inf, 0) # The most that may be spent, in the currency of the prices
+    price_in: float = ranges.within(0., 0)     # Of a million tokens sent
+    price_out: float = ranges.within(0., 0)    # Of a million tokens received
+    cache: str = ''                              # SQLite file that keeps grades; empty: none
 
     def __post_init__(self):
-        for k in ('workers', 'timeout', 'total', 'patience', 'max_tokens', 'side'):
-            v = getattr(self, k)
-            if not v > 0: raise ValueError(f'mllm: {k}: expected more than 0, found {v}')
+        if isinstance(self.cache, Path): self.cache = str(self.cache)
+        super().__post_init__()
 
 # %% ../../nbs/04_rewards/11_mllm.ipynb #d542c4b6
 def place(which:str # `http://host:port/v1#model`, with settings after a `?`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_BODY', 'MAX_PICTURE', 'MAX_PIXELS', 'READING', 'RETRY', 'MAX_REPLY', 'pack', 'files_of', 'unpack', 'answer',
-           'body_of', 'make_server', 'serve', 'serving', 'Asking', 'once', 'post', 'server_of', 'Remote']
+           'body_of', 'key_of', 'make_server', 'serve', 'serving', 'Asking', 'once', 'post', 'server_of', 'Remote']
 
 # %% ../../nbs/04_rewards/16_remote.ipynb #b87f01cc
 import base64, hashlib, hmac, json, math, os, random, re, threading, time, torch
@@ -17,8 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from torch import Tensor
 from urllib import error, request
 from urllib.parse import urlsplit
+from ..basics import settings as ranges
 from ..basics.pictures import PictureError, as_png, as_tensor, open_header, open_picture
-from .address import limited, read_json, read_settings, shown, within
+from .address import limited, read_json, read_settings, shown, within, without_key
 from .protocol import Reward, RewardError
 
 # %% ../../nbs/04_rewards/16_remote.ipynb #1c7efb6e
@@ -124,6 +125,14 @@ def _handler(reward, key): # The class that answers requests
             self.reply(*res)
     return Handler
 
+# %% ../../nbs/04_rewards/16_remote.ipynb #38022e98
+def key_of(given:str=None # Nothing: `SHARPEN_REWARD_KEY` of the environment
+          )->str: # None if there is none; ValueError for one that a header cannot hold
+    "The key that server and client share"
+    key = given or os.environ.get('SHARPEN_REWARD_KEY') or None
+    if key is None or re.fullmatch('[!-~]+', key): return key
+    raise ValueError('SHARPEN_REWARD_KEY: expected letters, digits and signs of ASCII without spaces')
+
 # %% ../../nbs/04_rewards/16_remote.ipynb #d620fd22
 class _Server(ThreadingHTTPServer):
     daemon_threads, request_queue_size = True, 64
@@ -131,7 +140,7 @@ class _Server(ThreadingHTTPServer):
 
 def make_server(reward:Reward, port:int=0, host:str='127.0.0.1', key:str=None): # Server, not yet answering
     "A server for a reward; port 0: any free one"
-    key = key or os.environ.get('SHARPEN_REWARD_KEY')
+    key = key_of(key)
     if host not in _LOCAL and not key:
         raise ValueError(f'serving on {host}: other machines can reach it; '
                          'set SHARPEN_REWARD_KEY on both sides first')
@@ -164,19 +173,15 @@ def serving(reward:Reward, **where): # Gives the URL; `where` as for `make_serve
 
 # %% ../../nbs/04_rewards/16_remote.ipynb #7fe242e0
 @dataclass
-class Asking:
+class Asking(ranges.Settings):
     "How a server is asked"
-    timeout: float = 60.  # Seconds of silence before a try counts as failed
-    total: float = 300.   # Seconds that a whole reply may take
-    patience: float = 10. # Seconds over which a request that fails is tried again
-    threads: int = 4      # Requests under way at once
-    chunk: int = 16       # Pictures per request
-    empty: int = 3        # Batches in a row without any score before giving up
-
-    def __post_init__(self):
-        for k, v in vars(self).items():
-            if not (v > 0 or k == 'patience' and v == 0) or v == math.inf:
-                raise ValueError(f'remote: {k}: expected a finite number above 0, found {v}')
+    whose = 'remote'
+    timeout: float = ranges.within(60., above=0, hi=1e6)  # Seconds of silence before a try counts as failed
+    total: float = ranges.within(300., above=0, hi=1e6)   # Seconds that a whole reply may take
+    patience: float = ranges.within(10., 0, hi=1e6) # Seconds over which a request that fails is tried again
+    threads: int = ranges.within(4, 1, 256)         # Requests under way at once
+    chunk: int = ranges.within(16, 1)               # Pictures per request
+    empty: int = ranges.within(3, 1)                # Batches in a row without any score before giving up
 
 # %% ../../nbs/04_rewards/16_remote.ipynb #f562f874
 RETRY = {408, 429, 500, 502, 503, 504}
@@ -272,8 +277,7 @@ class Remote(Reward):
 
     def ask(self, images:Tensor, prompts:list)->list:
         "Scores of one request; `RewardError` if the reply is not one number or null per picture"
-        key = os.environ.get('SHARPEN_REWARD_KEY')
-        res = post(self.url, pack(images, prompts), self.how, key)
+        res = post(self.url, pack(images, prompts), self.how, key_of())
         s = res.get('scores') if isinstance(res, dict) else None
         if not isinstance(s, list) or len(s) != len(prompts) or not all(map(_is_score, s)):
             raise RewardError(f'remote: expected {len(prompts)} scores from {shown(self.url)}, '
@@ -281,8 +285,8 @@ class Remote(Reward):
         return [math.nan if v is None else float(v) for v in s]
 
     def identity(self)->dict:
-        "As of every reward, with a checksum of the address; what the server computes is not known here"
-        return super().identity() | dict(server=hashlib.sha256(self.url.encode()).hexdigest())
+        "As of every reward, with a checksum of the address without its key"
+        return super().identity() | dict(server=hashlib.sha256(without_key(self.url).encode()).hexdigest())
 
 def _is_score(v): # A number that a float can hold, or None
     if v is None or isinstance(v, bool) or not isinstance(v, (int, float)): return v is None

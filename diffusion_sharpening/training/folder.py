@@ -11,6 +11,7 @@ import fcntl, os, socket
 from contextlib import contextmanager
 from pathlib import Path
 from ..basics.files import digest, read_json, write_json
+from ..basics.words import brief
 from ..models.lora import lora_file
 from .checkpoints import CheckpointError, checkpoints, latest
 
@@ -54,7 +55,7 @@ def locked(folder # For results; made if needed
 # What a run writes, by name
 RESULTS = ('run.json', 'metrics.jsonl', 'checkpoints', 'trackers', lora_file, 'lora_kohya.safetensors',
            'model',
-           'scores.json', 'report.json', 'reward_curve.png', 'before_after.png')
+           'before.safetensors', 'scores.json', 'report.json', 'reward_curve.png', 'before_after.png')
 
 # %% ../../nbs/12_training/08_folder.ipynb #d2ef4bbb
 def read_run(folder # Of a run
@@ -69,9 +70,18 @@ def read_run(folder # Of a run
     if not os.path.lexists(folder/'run.json') and not checkpoints(folder/'checkpoints'): return
     raise FolderError(f'run: {why}, and no whole checkpoint in {folder} says what was asked for')
 
-def _known(run): # A record, or `FolderError`
-    if isinstance(run, dict) and isinstance(run.get('method'), str): return run
-    raise FolderError('run.json is not the record of a run')
+# %% ../../nbs/12_training/08_folder.ipynb #c61a00e7
+_TEXTS = 'preset heldout_prompts tracker variant vae images'.split()
+_KINDS = dict(method=str, model=str, reward=str, prompts=str, changes=dict, S_eval=int) | {
+    k: (str, type(None)) for k in _TEXTS} | {
+    'heldout': (int, type(None)), 'px': (int, type(None)), 'guidance': (int, float, type(None))}
+
+def _known(run): # A record whose values have their kinds, or `FolderError`
+    if not isinstance(run, dict) or 'method' not in run:
+        raise FolderError('run.json is not the record of a run')
+    odd = [k for k in _KINDS.keys() & run.keys() if not isinstance(run[k], _KINDS[k])]
+    if odd: raise FolderError(f'run.json: {odd[0]}: found {brief(run[odd[0]])}')
+    return run
 
 # %% ../../nbs/12_training/08_folder.ipynb #ef72ca8a
 def read_report(folder # Of a run

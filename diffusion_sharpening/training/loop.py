@@ -42,10 +42,11 @@ class State:
     prompts:list = None # their `B` prompts
     skipped:int = 0 # Updates not made because something was not finite
     bad:int = 0 # How many of them in a row, up to now
-    nfe:int = 0 # Network evaluations without gradient, over all processes
+    nfe:int = 0 # Network evaluations, over all processes
     seconds:float = 0. # Wall time of the loop, over all its sittings
     stop:str = None # Why the run ends early
     whole:bool = True # Are the weights those after batch `k`?
+    meter:Meter = None # The model, counting
 
     @property
     def rank(self): return self.team.rank
@@ -108,6 +109,7 @@ def prepare(model, run:Run, method):
         model.copy_adapter('policy', 'base')
     method.start(model)
     if run.ema: model.copy_adapter('policy', 'ema')
+    if run.checkpointing: model.checkpoint_activations()
     if run.rank and many: model.shard()
     if run.compile: model.compile(run.compile)
 
@@ -141,7 +143,7 @@ def begin(model, method, judge, source, run:Run)->State:
     team = Team(accelerator(model.device, run))
     prepare(model, run, method)
     opt = torch.optim.AdamW(model.trainable(), lr=run.lr, betas=(.9, .99), weight_decay=0.)
-    s = State(model, method, judge, source, run, team, opt)
+    s = State(model, method, judge, source, run, team, opt, meter=Meter(model))
     batch = source.batch(0, s.rank, s.world)
     if any(c not in batch.data for c in method.columns):
         found = ', '.join(batch.data) or 'prompts alone'
@@ -153,16 +155,15 @@ def begin(model, method, judge, source, run:Run)->State:
 # %% ../../nbs/12_training/02_loop.ipynb #15a83642
 def collect(s:State, batch): # `Lesson`, or None where some process has none
     "Branch, score and choose"
-    s.prompts, meter = batch.prompts, Meter(s.model)
+    s.prompts = batch.prompts
     try:
-        with torch.no_grad(), stage('rollout'): lesson = s.method.collect(meter, s.judge, batch)
+        with torch.no_grad(), stage('rollout'): lesson = s.method.collect(s.meter, s.judge, batch)
     except NonFinite as e:
         lesson = None
         print(f'batch {s.k+1} skipped: {e}')
     s.model.wait()
-    s.nfe += meter.nfe*s.world
     if s.team.all(lesson is not None):
-        lesson.log['nfe'] = meter.nfe*s.world
+        lesson.means = {k: s.team.mean(v) for k, v in lesson.means.items()}
         s.pictures = lesson.pictures
         return lesson
     s.skipped, s.bad = s.skipped+1, s.bad+1
@@ -173,7 +174,7 @@ def backward(s:State, lesson, u:int)->tuple: # Loss of this process's rows, and 
     total = s.team.mean(lesson.use.sum()).clamp(min=1e-9)
     loss, sums = 0., {}
     for part in lesson.parts(s.run.micro and max(1, s.run.micro//s.method.width)):
-        losses, stats = s.method.loss(s.model, s.judge, part, u)
+        losses, stats = s.method.loss(s.meter, s.judge, part, u)
         own = (losses*part.use).sum()/total
         own.backward()
         loss = loss + own.detach()
@@ -223,12 +224,14 @@ def _skip(s, stats):
 def one_batch(s:State):
     "Collect a lesson and learn from it"
     lesson = collect(s, s.source.batch(s.k, s.rank, s.world))
-    s.whole, stats = False, {}
+    s.whole, stats, chosen = False, {}, s.meter.nfe
     if lesson:
         for u in range(s.method.updates): stats = learn(s, lesson, u)
         stats = s.team.numbers({**lesson.log, **stats})
     s.k += 1
-    s.log = finite(dict(step=s.k, **stats, skipped=s.skipped))
+    counts = dict(nfe=s.meter.nfe*s.world, nfe_learning=(s.meter.nfe - chosen)*s.world)
+    s.nfe, s.meter = s.nfe + counts['nfe'], Meter(s.model)
+    s.log = finite(dict(step=s.k, **stats, **counts, skipped=s.skipped))
     s.history.append(s.log)
     s.whole = True
 

@@ -14,7 +14,10 @@ def accelerator(device, # Of the model
                ): # `Accelerator`, as it was launched
     "How the processes were launched; a `ValueError` where that does not fit the run"
     from accelerate import Accelerator
-    acc = Accelerator(cpu=device.type == 'cpu')
+    try: acc = Accelerator(cpu=device.type == 'cpu')
+    except (ImportError, RuntimeError, ValueError) as e:
+        why = f'launch: accelerate cannot begin as ACCELERATE_… in the environment says: {e}'
+        raise ValueError(why) from None
     kind = str(acc.distributed_type).split('.')[-1]
     if kind in ('DEEPSPEED', 'MEGATRON_LM'):
         raise ValueError(f'processes: expected MULTI_GPU or FSDP, found {kind}')

@@ -26,6 +26,7 @@ class Run(Settings):
     clip: float = within(1., above=0)  # Largest gradient norm
     ema: float = within(.95, 0, below=1) # Moving average of the weights, kept at the end; 0: the last weights
     micro: int = within(0, 0)          # Network evaluations with gradient at once; 0: all of an update
+    checkpointing: bool = False        # Compute activations again for the gradient, to save memory
     precision: str = words('float32', 'float32', 'bfloat16') # Of the network; what learns stays in float32
     compile: str = ''                  # Backend of torch.compile for the network, e.g. inductor; empty: none
     shard: bool = False                # With several processes: each keeps a slice of every weight (FSDP2)
@@ -53,6 +54,17 @@ def learning_rate(run:Run, # With `steps`, `warmup` and `decay`
     down = (run.steps - k)/max(1., run.decay*run.steps)
     return run.lr*min(1., up, down if run.decay else 1.)
 
+# %% ../../nbs/12_training/01_run.ipynb #1c1f4a4b
+def _sorted_out(changes, **known): # Settings by their plain names; `run.` or `method.` may stand before them
+    out = {}
+    for k, v in changes.items():
+        part, _, plain = k.rpartition('.')
+        if part and plain not in known.get(part, ()):
+            raise ValueError(f'setting {k!r}: expected run.NAME or method.NAME, NAME one of its settings')
+        if plain in out: raise ValueError(f'setting {plain!r}: expected one value, found it twice')
+        out[plain] = v
+    return out
+
 # %% ../../nbs/12_training/01_run.ipynb #2992654b
 def settings(name:str, # Of the method
              preset:str='default', # Of the method
@@ -62,6 +74,7 @@ def settings(name:str, # Of the method
     make = find(name, preset)
     cls = type(make())
     own, mine = {f.name for f in fields(Run)}, {f.name for f in fields(cls)}
+    changes = _sorted_out(changes, run=own, method=mine)
     for k in changes: one_of(k, sorted(own | mine), f'setting of {name}')
     check_kinds(Run, changes)
     check_kinds(cls, changes)

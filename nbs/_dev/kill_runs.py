@@ -147,12 +147,8 @@ def main():
             found[name] = r = kill_arm(arm, net, d/f'arm{i}', a.runs, a.steps, rng)
             print(f"{name:28}{r['identical']:>4} of {r['runs']} bit-identical{r['kills']:>6} kills",
                   flush=True)
-    total = {k: sum(r[k] for r in found.values()) for k in ('runs', 'identical', 'kills')}
-    line = (f"{total['identical']} of {total['runs']} runs ended bit-identical to the uninterrupted one; "
-            f"{total['kills']} kills; {time.time()-t0:.0f} s")
-    print(line)
-    seconds = round(time.time()-t0, 1)
-    if not a.dry: write('kill_runs', total | dict(batches=a.steps, seconds=seconds, summary=line, arms=found))
+            total = report(found, a, time.time() - t0)
+    print(total['summary'])
     sys.exit(total['identical'] != total['runs'])
 
 if __name__ == '__main__': main()

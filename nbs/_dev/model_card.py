@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"Measure the embedded model and write data/README.md and data/results/base.json: `python nbs/_dev/model_card.py [--n 960]`"
+"""Measure the embedded model and write data/README.md and data/results/base.json:
+`python nbs/_dev/model_card.py [--n 960]`"""
 import argparse, time
 from pathlib import Path
 import torch
@@ -22,7 +23,7 @@ def table(scores, texts):
     return {k: interval(v, 'captions') for k, v in dict(overall=scores, **by_category(scores, texts)).items()}
 
 def best_of(model, texts, judge, k, S):
-    "Best of `k` pictures per prompt, by `judge`; pictures of the i-th prompt come from seeds that follow from i"
+    "Best of `k` pictures per prompt, by `judge`; seeds of the i-th prompt's pictures follow from i"
     many = [t for t in texts for _ in range(k)]
     e = evaluate(model, many, dict(judge=judge), S, seed=7)
     return e.scores['judge'].view(-1, k)
@@ -61,22 +62,37 @@ def measure(n, S):
 
 CARD = """# What lies here
 
-Weights that this repository trained itself, from nothing, on its own procedural world (`worlds.shapes`). Apache-2.0.
+Weights that this repository trained itself, from nothing, on its own procedural world (`worlds.shapes`). \
+Apache-2.0.
 
 | folder | what it is, and how it is loaded | made by |
 |---|---|---|
-| `shapes-sdxl/` | a `StableDiffusionXLPipeline`: 64-pixel pictures, 8 × 8 × 12 latents, U-Net {unet:.1f} M parameters, two CLIP text encoders, v-prediction; plain `StableDiffusionXLPipeline.from_pretrained` | `make weights` |
-| `shapes-clip/` | an open_clip model that scores pictures of Shapes against captions; `open_clip.create_model_and_transforms('local-dir:…/shapes-clip')`, the reward `clip@shapes` | `make weights` |
-| `shapes-grader/` | a LLaVA of 0.3 M parameters that grades pictures of Shapes behind `transformers serve`, the reward `mllm@shapes`; a coarse judge that hears wrong colours, half hears outlines and no textures (`results/rewards-mllm.json`) | `make weights` |
-| `shapes-preference/` | a small ImageReward-style judge of pictures of Shapes, its towers begun from `shapes-clip/`, trained on made-up choices; the reward `preference@shapes`; it begins as a CLIP score and agrees with held-out choices about as often as the CLIP does (`results/rewards-preference.json`, `results/order.json`) | `python nbs/_dev/preference_weights.py` |
-| `shapes-aesthetic/` | one linear layer on the picture tower of `shapes-clip/`, fitted to the ratings of a made-up taste (warm colours, patterned fills); the reward `aesthetic@shapes` (`results/rewards-preference.json`) | the same command |
+| `shapes-sdxl/` | a `StableDiffusionXLPipeline`: 64-pixel pictures, 8 × 8 × 12 latents, U-Net {unet:.1f} M \
+parameters, two CLIP text encoders, v-prediction; plain `StableDiffusionXLPipeline.from_pretrained` | `make \
+weights` |
+| `shapes-clip/` | an open_clip model that scores pictures of Shapes against captions; \
+`open_clip.create_model_and_transforms('local-dir:…/shapes-clip')`, the reward `clip@shapes` | `make \
+weights` |
+| `shapes-grader/` | a LLaVA of 0.3 M parameters that grades pictures of Shapes behind `transformers \
+serve`, the reward `mllm@shapes`; a coarse judge that hears wrong colours, half hears outlines and no \
+textures (`results/rewards-mllm.json`) | `make weights` |
+| `shapes-preference/` | a small ImageReward-style judge of pictures of Shapes, its towers begun from \
+`shapes-clip/`, trained on made-up choices; the reward `preference@shapes`; it begins as a CLIP score and \
+agrees with held-out choices about as often as the CLIP does (`results/rewards-preference.json`, \
+`results/order.json`) | `python nbs/_dev/preference_weights.py` |
+| `shapes-aesthetic/` | one linear layer on the picture tower of `shapes-clip/`, fitted to the ratings of a \
+made-up taste (warm colours, patterned fills); the reward `aesthetic@shapes` \
+(`results/rewards-preference.json`) | the same command |
 | `results/` | measurements, each with the command that makes it again | the commands named in the files |
 
-All of it is licensed like the code (Apache-2.0). Pictures, captions, choices and ratings are drawn by this repository's own code; no photograph, no artwork, no person's judgement and no published weights are in it. The tokenizers are trained on the same captions.
+All of it is licensed like the code (Apache-2.0). Pictures, captions, choices and ratings are drawn by this \
+repository's own code; no photograph, no artwork, no person's judgement and no published weights are in it. \
+The tokenizers are trained on the same captions.
 
 ## Training
 
-60,000 image-caption pairs (seeds 0 and 1) of the training split; no held-out caption and none of the nine held-out attribute pairs. On a virtual machine with two cores (AMD EPYC), one thread per model, fp32:
+60,000 image-caption pairs (seeds 0 and 1) of the training split; no held-out caption and none of the nine \
+held-out attribute pairs. On a virtual machine with two cores (AMD EPYC), one thread per model, fp32:
 
 {training}
 
@@ -84,16 +100,21 @@ All of it is licensed like the code (Apache-2.0). Pictures, captions, choices an
 
 ## Scores
 
-{n} held-out captions, one picture each, {S} DDIM steps, guidance {guidance:g} (seed 0); mean of the checker and its 95 % interval over the captions named. In {strict} of the generated pictures every statement of the caption holds. Remake with `python nbs/_dev/model_card.py`.
+{n} held-out captions, one picture each, {S} DDIM steps, guidance {guidance:g} (seed 0); mean of the \
+checker and its 95 % interval over the captions named. In {strict} of the generated pictures every \
+statement of the caption holds. Remake with `python nbs/_dev/model_card.py`.
 
 | | over | real renders | shuffled captions | after the autoencoder | generated |
 |---|---|---|---|---|---|
 {rows}
 
-Best of 8 by the checker on 60 of the captions: {best} against {one} for a single picture. The CLIP prefers a picture's own caption to a near miss in {clip}.
-Sampling takes {ms:.2f} ms per image and step with PyTorch's thread count at {threads}, on a machine that was busy with other work.
+Best of 8 by the checker on 60 of the captions: {best} against {one} for a single picture. The CLIP prefers \
+a picture's own caption to a near miss in {clip}.
+Sampling takes {ms:.2f} ms per image and step with PyTorch's thread count at {threads}, on a machine that \
+was busy with other work.
 
-With classifier-free guidance 3 (twice the network calls) the checker gives {guided}. Fills still leak between things and colours are sometimes swapped.
+With classifier-free guidance 3 (twice the network calls) the checker gives {guided}. Fills still leak \
+between things and colours are sometimes swapped.
 """
 
 def show(i): return shown(i, over='')

@@ -205,6 +205,7 @@ def _related(a, b, rel):
         return main > 1.6*abs(side) and main > 12
     return rel != 'inside' or math.hypot(dx, dy) < .9*b.r - 1.3*a.r + (b.shape == 'square')
 
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #b2c2501e
 def _place(rng, o): return replace(o, x=rng.uniform(o.r+1, PX-o.r-1), y=rng.uniform(o.r+1, PX-o.r-1))
 
 # %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #aab461c2
@@ -225,6 +226,7 @@ OUTLINES = dict(circle=_regular(48, 0), square=[(-.9,-.9), (.9,-.9), (.9,.9), (-
                 cross=[(-_w,-1), (_w,-1), (_w,-_w), (1,-_w), (1,_w), (_w,_w),
                        (_w,1), (-_w,1), (-_w,_w), (-1,_w), (-1,-_w), (-_w,-_w)])
 
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #450e3909
 def outline(o:Thing # A placed thing
            )->np.ndarray: # Corner points `(k, 2)` in pixels
     "The polygon of a thing"

@@ -1,0 +1,121 @@
+"Every command line that the README, the pages and the helps show runs as it stands, with smaller numbers"
+import json, os, re, shlex, signal, sys, time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+root = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(root/'nbs'/'_dev'))
+from attacking import TEXTS, Child, trouble
+from fault_proxy import FaultProxy
+from diffusion_sharpening.commands import cli
+from diffusion_sharpening.models.tiny import tiny_sdxl
+from diffusion_sharpening.names.catalog import load_reward
+from diffusion_sharpening.rewards.mllm import ASPECTS
+from diffusion_sharpening.rewards.remote import serving
+
+OWN = 'def redness(images, prompts): return images[:, 0].mean((1, 2))\n'
+FEW = dict(train=['--heldout', 2, '--S-eval', 1], sample=['--n', 2, '--S', 1], evaluate=['--n', 2, '--S', 1],
+           demo=['--steps', 1])
+LITTLE = 'n=2 S=2 batch=2 rank=2'.split()
+NEEDS = {'image_reward': 'clip@shapes'}      # weights that are not shipped → some that are
+
+
+def fenced(text):
+    "Command lines in the blocks of a page"
+    blocks = re.findall(r'```\w*\n(.*?)```', text, re.S)
+    return [l for b in blocks for l in b.splitlines() if re.match(r'([A-Z_]+=\S+ )?sharpen \w', l)]
+
+def pages():
+    "Notebook → its command lines; README.md is made from index.ipynb"
+    out = {}
+    for p in sorted((root/'nbs').rglob('*.ipynb')):
+        if p.name == 'index.ipynb' or any(o[0] in '._' for o in p.relative_to(root/'nbs').parts): continue
+        found = json.loads(p.read_text(encoding='utf-8'))['cells']
+        lines = fenced('\n'.join(''.join(c['source']) for c in found if c['cell_type'] == 'markdown'))
+        if lines: out[p.name] = lines
+    return out
+
+PAGES = {'README.md': fenced((root/'README.md').read_text(encoding='utf-8')),
+         'help': [l for lines in cli.EXAMPLES.values() for l in lines if not l.startswith('sharpen serve')],
+         **pages()}
+
+
+def smaller(line):
+    "Environment and arguments of a command line, with numbers that make it short"
+    env, argv = {}, shlex.split(line, comments=True)
+    while '=' in argv[0]: k, _, v = argv.pop(0).partition('='); env[k] = v
+    argv = [NEEDS.get(a, a) for a in argv[1:]]
+    numbers = {'--steps': {'100': '1', '200': '2'}, '--port': {'8765': '0'}}
+    argv = [numbers.get(a, {}).get(b, b) for a, b in zip(['', *argv], argv)]
+    new = argv[0] == 'train' and '--resume' not in argv
+    if argv[0] != 'train' or new: argv[1 + new:1 + new] = FEW.get(argv[0], [])    # what is typed later wins
+    if new and '--steps' not in argv: argv += ['--steps', 1]
+    little = LITTLE + ['m=2']*('sft' in argv)
+    if new: argv += [*([] if '--set' in argv else ['--set']), *little]
+    return env, [*map(str, argv)]
+
+
+@pytest.fixture
+def there(tmp_path):
+    "A folder with what the examples name: a model, prompts, pictures with captions, settings, a reward"
+    tiny_sdxl(tmp_path/'MODEL', words=' '.join(TEXTS).split())
+    (tmp_path/'prompts.txt').write_text('\n'.join(TEXTS))
+    for name in ('mine.py', 'my_rewards.py'): (tmp_path/name).write_text(OWN)
+    (tmp_path/'settings.json').write_text('{"S": 3}')
+    (tmp_path/'pictures').mkdir()
+    for i, t in enumerate(TEXTS):
+        Image.new('RGB', (64, 64), (40*i, 9, 9)).save(tmp_path/f'pictures/{i}.png')
+        (tmp_path/f'pictures/{i}.txt').write_text(t)
+    return tmp_path
+
+
+def few_held_out():
+    "The demo measures 240 prompts; two are enough here"
+    from diffusion_sharpening.commands import train
+    train.heldout_number = lambda n, model: 2
+
+
+def served(env, argv, at):
+    "serve-reward says its address, answers there, and ends when it is asked to"
+    child = Child(*argv, at=at, env=env)
+    until = time.monotonic() + 60
+    while not (url := re.search(rb'http://[^\s:]+:(\d+)/score', child.said[1])) and time.monotonic() < until:
+        time.sleep(.05)
+    far = f'remote@http://127.0.0.1:{int(url[1])}/score'
+    ask = ['score', '--images', 'pictures', '--prompts', 'prompts.txt', '--reward', far, '--out', 'far']
+    why = trouble(Child(*ask, at=at, env=env).end(), 0)
+    os.kill(child.pid, signal.SIGTERM)
+    return why or trouble(child.end(), 0)
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_examples_run(there, page):
+    grades = json.dumps(dict.fromkeys(ASPECTS, 7))
+    with serving(load_reward('clip@shapes')) as remote, FaultProxy(answer=lambda body: grades) as chat:
+        for line in PAGES[page]:
+            env, argv = smaller(line)
+            if '--out' not in argv and argv[0] == 'train' and '--resume' not in argv:
+                argv[2:2] = ['--out', f'runs/{len(list(there.glob("runs/*")))}']     # one folder, one run
+            argv = [a.replace('http://first-machine:8765/score', remote)
+                     .replace('http://127.0.0.1:8000/v1', chat.url) for a in argv]
+            if argv[0] == 'serve-reward': why = served(env, argv, there)
+            else: why = trouble(Child(*argv, at=there, env=env, before=few_held_out).end(300), 0)
+            assert not why, f'{line}: {why}'
+
+
+def test_every_command_is_shown_and_run():
+    assert {l.split()[1] for l in PAGES['README.md']} >= {'train', 'sample', 'evaluate', 'plan'}
+    assert {l.split()[1] for l in PAGES['help']} | {'serve-reward'} == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize('command', cli.COMMANDS)
+def test_help_shows_its_examples(command, capsys):
+    assert cli.run([command, '--help']) == 0
+    out = capsys.readouterr().out
+    assert all(f'\n  {l}\n' in out for l in cli.EXAMPLES[command])
+
+
+def test_serving_as_in_the_help(there):
+    for line in cli.EXAMPLES['serve-reward']: assert not (why := served(*smaller(line), there)), why
