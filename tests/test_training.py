@@ -15,7 +15,7 @@ from diffusion_sharpening.maths.rollout import branch, rollout
 from diffusion_sharpening.methods.catalog import METHODS, find
 from diffusion_sharpening.methods.forward import Forward
 from diffusion_sharpening.methods.parts import (
-    along_path, candidate_seeds, from_noises, held_noise, path_error)
+    along_path, begun, candidate_seeds, from_noises, held_noise, path_error)
 from diffusion_sharpening.methods.protocol import check_method, noise_columns
 from diffusion_sharpening.methods.ram import RAM
 from diffusion_sharpening.models.denoiser import Denoiser
@@ -182,7 +182,7 @@ def grads(d, loss):
 
 def all_paths(method, d, batch, x0):
     "All candidates' paths, and their values"
-    ts = method.times(d, batch.seeds)
+    ts = begun(method, d, batch.seeds)
     with torch.no_grad():
         paths = from_noises(d, x0, ts, candidate_seeds(batch.seeds, method.n), batch.cond)
         return ts, paths, along_path(d, Bright(), paths.tr, batch.prompts)[0]

@@ -10,7 +10,7 @@ import torch
 from dataclasses import dataclass
 from ..basics.seeds import START, noise, stream
 from ..basics.settings import within
-from ..maths.choice import advantages, tied
+from ..maths.choice import centred, levelled, tied
 from ..maths.forward import ForwardBatch
 from ..maths.schedules import add_noise, target
 from diffusion_sharpening.methods.parts import (
@@ -91,13 +91,14 @@ class Forward(Method):
         view, seeds = guided(model, self.guidance), candidate_seeds(batch.seeds, self.n)
         with model.use(self.sampler): x0 = from_prompt(view, self.S, seeds, batch.cond, self.eta)
         R, pictures = at_end(view, judge, x0, batch.prompts)
-        A = self.scale*advantages(R, self.group).clamp(-self.most, self.most)
+        A, means = centred(R, self.group)
         columns = dict(x0=x0, A=A, seeds=seeds, clock=batch.seeds.expand(self.n, -1))
         if self.anchor: columns['data'] = batch.data['x0'].expand(self.n, *batch.data['x0'].shape)
         rows = self.rows(columns)
         times = len(rows['A'])//len(batch)
         use = (~tied(R)).float().repeat(times)
-        return Lesson(rows, repeated(batch.cond, times), use, summary(R) | ties(R), pictures)
+        return Lesson(rows, repeated(batch.cond, times), use, summary(R) | ties(R), pictures,
+                      means=means)
 
     def rows(self, columns:dict) -> dict:
         "Candidates `(n, B, …)` as rows, once for each noise"
@@ -109,6 +110,7 @@ class Forward(Method):
     def ask(self, model, lesson, u) -> ForwardBatch:
         "What policy and others say of the rows, noised afresh"
         x0, A, seeds, k, clock = (lesson[c] for c in ('x0', 'A', 'seeds', 'k', 'clock'))
+        A = self.scale*levelled(A, lesson.means).clamp(-self.most, self.most)
         place = places(clock, k, self.noises, u, self.early, self.late)
         t = self.times(model, self.S, place).to(x0.device)
         return forward_batch(plain(model), x0, A, t, seeds, lesson.cond, u, self.others(), self.clean)
