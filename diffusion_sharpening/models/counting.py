@@ -180,7 +180,8 @@ def picture_side(model:str, # As for `anatomy`
                  px:int=None # None: what the model was made for
                 )->int: # ValueError unless the autoencoder can make it
     "Side of the pictures in pixels"
-    a = anatomy(model); px = px or a.unet['sample_size']*a.factor
+    a = anatomy(model)
+    if px is None: px = a.unet['sample_size']*a.factor
     if px > 0 and px % a.factor == 0: return px
     raise ValueError(f'px: expected a multiple of {a.factor} pixels, found {px}')
 

@@ -72,9 +72,10 @@ class Denoiser(Learner):
 def _resize(self:Denoiser, size):  # Picture size in pixels and shape of latents
     f, net = self.pipe.vae_scale_factor, self.network.config
     made = net.sample_size                          # a number, or height and width
-    size = size or ([o*f for o in made] if isinstance(made, (list, tuple)) else made*f)
+    if size is None: size = [o*f for o in made] if isinstance(made, (list, tuple)) else made*f
     self.size = h, w = (size, size) if isinstance(size, int) else tuple(size)
-    if h % f or w % f: raise ValueError(f'size: expected multiples of {f} pixels, found {h} x {w}')
+    if h % f or w % f or min(h, w) < 1:
+        raise ValueError(f'size: expected multiples of {f} pixels, found {h} x {w}')
     self.item = net.in_channels, h//f, w//f
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #490ec7ac

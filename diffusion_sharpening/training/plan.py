@@ -277,6 +277,7 @@ def plan(model:str=MODEL, # sdxl, sd15, an embedded model, or the folder of a pi
     px = picture_side(folder, px)
     if batch_seconds is not None and not batch_seconds > 0:
         raise ValueError(f'batch_seconds: expected a positive time, found {batch_seconds}')
+    if not 0 < share <= 1: raise ValueError(f'share: expected a share of the peak in (0, 1], found {share}')
     if world < 1 or run.batch % world:
         raise ValueError(f'world: expected processes that share a batch of {run.batch} evenly, found {world}')
     what = f'{method} ({preset}) of {Path(model).name}, {px} px'
