@@ -416,7 +416,7 @@ def judged(name, kit):
 
 MODULES = dict(syntax='def f(', exits='import sys; sys.exit(0)', raises='1/0',
                imports='import nonsense_package',
-               nul='\0', latin=b'# \xe9\ndef f(a, b): return [0.]*len(b)', empty='', folder='folder',
+               nul='\0', latin=b'x = "\xe9"\ndef f(a, b): return [0.]*len(b)', empty='', folder='folder',
                fifo='fifo',
                deep='(' * 1000, loop='def __getattr__(k): raise SystemExit(k)')
 
