@@ -120,7 +120,7 @@ def test_reward_that_fails_in_one_process_of_dealt_out_weights(xl, tmp_path):
 
 def test_batch_that_cannot_be_shared(xl):
     r = many(2, command(xl, xl/'odd', batch=3))
-    assert r.returncode != 0 and 'expected a multiple of the 2 processes, found 3' in r.stderr
+    assert r.returncode != 0 and 'expected processes that share a batch of 3 evenly, found 2' in r.stderr
 
 
 @pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGINT])
