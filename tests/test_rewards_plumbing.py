@@ -465,7 +465,7 @@ def test_what_serve_reward_refuses(monkeypatch, capsys):
         for args, part in ((['--reward', 'clpi'], "did you mean 'clip'"),
                            (['--reward', 'clip@shapes', '--host', '0.0.0.0'], 'SHARPEN_REWARD_KEY'),
                            (['--reward', 'clip@shapes', '--port', '99999'], 'cannot serve'),
-                           (['--port', 'x'], 'invalid int')):
+                           (['--port', 'x'], 'expected a whole number')):
             with pytest.raises(ValueError, match=part): cli.run(['serve-reward', *args])
     finally: [signal.signal(*o) for o in kept.items()]
 

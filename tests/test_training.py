@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 diffusers = pytest.importorskip('diffusers')
 from diffusion_sharpening.basics.seeds import START, fold, noise, stream
-from diffusion_sharpening.commands import train as command
+from diffusion_sharpening.commands import job, train as command
 from diffusion_sharpening.commands.load import load_model, quiet
 from diffusion_sharpening.data.sources import Batch, Columns
 from diffusion_sharpening.maths.choice import argmax, pair, pick, standardise
@@ -254,7 +254,7 @@ def test_every_method_keeps_its_promises(xl, name):
 
 # Every setting does something
 
-LITTLE = dict(n=2, m=2, S=4, least=2)
+LITTLE = dict(n=2, m=2, S=4, least=2, target=99.)
 OTHER = dict(aggregate='last', loss_kind='rebel', n=8, m=1, S=5, alpha=1., eta=.5, beta=7., early=.5, late=.3,
              updates=3, old_rate=.9, guidance=3., consistent=True, anywhere=True, through=True,
              own_noise=True,
@@ -266,7 +266,7 @@ OTHER = dict(aggregate='last', loss_kind='rebel', n=8, m=1, S=5, alpha=1., eta=.
 OTHER |= dict(noises=2, most=.5, scale=.3, kl=.5, near=.7, near_rate=.5, anchor=.5, power=.5,
               level=False, rise=.4, stay=.2,
               K=2, threshold=.95, tau=.3, ft_fraction=.5, round=1)
-BESIDE = dict(near_rate=dict(near=1.), clip=dict(updates=2), stay=dict(rise=.4))
+BESIDE = dict(aggregate=dict(n=6, m=3), near_rate=dict(near=1.), clip=dict(updates=2), stay=dict(rise=.4))
 SHARED = {f for f in RAM.__dataclass_fields__ if f in Forward.__dataclass_fields__}
 
 def fields_of(name, made):
@@ -302,9 +302,9 @@ def trace(d, method):
 
 @pytest.mark.parametrize('name, field', FIELDS)
 def test_every_field_of_a_method_changes_something(xl, name, field):
-    base = {k: v for k, v in LITTLE.items() if k in METHODS[name].__dataclass_fields__}
+    fields = METHODS[name].__dataclass_fields__
+    base = {k: v for k, v in (LITTLE | BESIDE.get(field, {})).items() if k in fields}
     if field == 'through': base['m'] = 3
-    base |= BESIDE.get(field, {})
     def run(**changes):
         d = load(xl)
         run, method = settings(name, rank=2, **{**base, **changes})
@@ -340,7 +340,10 @@ def test_not_a_number_is_not_learnt(xl, monkeypatch):
     "A loss that is not finite changes no weight and is counted"
     made = find('rlhf')
     right = made.loss
-    monkeypatch.setattr(made, 'loss', lambda *a: (right(*a)[0]*float('nan'), {}))
+    def wrong(*a):
+        losses, stats = right(*a)
+        return losses*float('nan'), stats
+    monkeypatch.setattr(made, 'loss', wrong)
     d, s = fit(xl, ema=0.)
     assert s.skipped == 2*s.method.updates
     assert all(p.abs().max() == 0 for k, p in policy(d).items() if 'lora_B' in k)
@@ -366,7 +369,7 @@ def trained(xl, tmp_path_factory):
     tmp = tmp_path_factory.mktemp('trained')
     (tmp/'prompts').write_text('\n'.join(PROMPTS))
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(command, 'load_reward', lambda *args, **kwargs: Bright())
+        mp.setattr(job, 'load_reward', lambda *args, **kwargs: Bright())
         command.train('rlhf', xl, 'bright', str(tmp/'prompts'), str(tmp/'out'), heldout=0, **tiny, **bold)
     return tmp/'out'
 

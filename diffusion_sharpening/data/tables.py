@@ -222,7 +222,7 @@ def texts(t:Table, name:str='' # Column
     return [text_in(row, name, f'{t.path}, row {i}') for i, row in enumerate(t.rows([name.split('.')[0]]), 1)]
 
 # %% ../../nbs/07_data/01_tables.ipynb #22d15826
-LONGEST = 100_000  # Characters of a text; a tokenizer takes minutes over a word of a million
+LONGEST = 500_000  # Characters of a text; a tokenizer takes minutes over a word of a million
 
 def text_in(row:dict, # Of a table
             name:str, # Of a column, or nested
