@@ -48,7 +48,7 @@ def smaller(line):
     while '=' in argv[0]: k, _, v = argv.pop(0).partition('='); env[k] = v
     argv = [NEEDS.get(a, a) for a in argv[1:]]
     numbers = {'--steps': {'100': '1', '200': '2'}, '--port': {'8765': '0'}}
-    if argv[0] == 'score': numbers['--reward'] = {'clip': 'clip@shapes'}
+    if argv[0] in ('score', 'serve-reward'): numbers['--reward'] = {'clip': 'clip@shapes'}
     argv = [numbers.get(a, {}).get(b, b) for a, b in zip(['', *argv], argv)]
     new = argv[0] == 'train' and '--resume' not in argv
     if argv[0] != 'train' or new: argv[1 + new:1 + new] = FEW.get(argv[0], [])    # what is typed later wins

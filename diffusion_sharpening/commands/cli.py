@@ -53,7 +53,7 @@ EXAMPLES = {
     'sample': ['sharpen sample --n 8 --out before', 'sharpen sample --lora runs/first --n 8 --out after'],
     'evaluate': ['sharpen evaluate --reward clip', 'sharpen evaluate --lora runs/first --json'],
     'score': ['sharpen score --images after --prompts after/prompts.jsonl --reward clip',
-              'sharpen score --images after --prompts prompts.txt --reward mine.py:redness --out red'],
+              'sharpen score --images pictures --prompts prompts.txt --reward mine.py:redness --out red'],
     'serve-reward': ['sharpen serve-reward --reward clip --port 8765'],
     'plan': ['sharpen plan rlhf --model sdxl --px 512 --device h200'],
     'export': ['sharpen export runs/first', 'sharpen export runs/first --layout diffusers --out lora'],

@@ -56,6 +56,7 @@ class Child:
             sys.stdout, sys.stderr = streams = [open(fd, 'w', errors='backslashreplace', closefd=False)
                                                 for fd in (1, 2)]
             signal.signal(signal.SIGINT, signal.default_int_handler)       # a shell may have it ignored
+            torch.set_num_threads(1)       # renews PyTorch's pool while there is one thread: two at once fail
             os.chdir(at); os.environ.update(env)
             if before: before()
             code = self._code(argv)
