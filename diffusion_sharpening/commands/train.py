@@ -292,6 +292,8 @@ def _continue(method, folder, typed): # The report of a run that goes on, or has
     with taken(output_folder(folder), new=False) as at:
         was = read_run(at)
         if not was: raise ValueError(f'resume: expected a run with run.json in {folder}, found none')
+        gone = [k for k in (*OPTIONS, 'changes') if k not in (*was, 'out', 'resume')]
+        if gone: raise ValueError(f'run.json: expected {", ".join(gone)} of the run, found none')
         asked, rep = going_on(was, options, all_settings), read_report(at)
         reward = typed.get('reward', was['reward'])
         if rep and asked['changes'] == was['changes']: return _finished(folder, rep)

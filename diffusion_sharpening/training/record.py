@@ -108,8 +108,6 @@ def going_on(was:dict, # The record of a run
              effective # Function of a record that gives all its settings, name → value
             )->dict: # The record to go on with; `ValueError` for an option that would make it another run
     "What a run is asked for when it goes on"
-    gone = [k for k in ('method', 'model', 'reward', 'preset', 'changes') if k not in was]
-    if gone: raise ValueError(f'run.json: expected {", ".join(gone)} of the run, found none')
     asked = record(**{**was, **{k: v for k, v in typed.items() if k != 'changes'}})
     for k in typed.keys() - {'changes', *HARMLESS}:
         if asked[k] != was.get(k): _refuse(k, was.get(k), asked[k])
