@@ -1,7 +1,9 @@
 "Slow tests (full-size models, servers, long runs) run only when asked for: `pytest --slow`, or `-m slow`"
 import os
+from zlib import crc32
 
 import pytest
+import torch
 
 # nothing here needs the network, and the hub retries for half a minute
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -20,3 +22,18 @@ def pytest_collection_modifyitems(config, items):
     if slow:
         config.hook.pytest_deselected(items=slow)
         items[:] = [i for i in items if 'slow' not in i.keywords]
+
+
+def seeded(name): torch.manual_seed(crc32(name.encode()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef, request):
+    "Random weights of a fixture are the same in every run and every order of tests"
+    seeded(f'{fixturedef.baseid} {fixturedef.argname}')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    "And so are those a test draws itself"
+    seeded(item.nodeid)

@@ -317,10 +317,12 @@ def test_plan_and_train_take_the_same_options():
 
 @pytest.fixture(scope='module')
 def cheap(tmp_path_factory):
-    "Folder of a small autoencoder"
+    "Folder of a small autoencoder; random weights decode to nearly one grey, so the last layer is made loud"
     d = tmp_path_factory.mktemp('cheap')/'taesd'
-    diffusers.AutoencoderTiny(encoder_block_out_channels=(8,)*4, decoder_block_out_channels=(8,)*4,
-                              num_encoder_blocks=(1,)*4, num_decoder_blocks=(1,)*4).save_pretrained(d)
+    vae = diffusers.AutoencoderTiny(encoder_block_out_channels=(8,)*4, decoder_block_out_channels=(8,)*4,
+                                    num_encoder_blocks=(1,)*4, num_decoder_blocks=(1,)*4)
+    with torch.no_grad(): vae.decoder.layers[-1].weight.mul_(30)
+    vae.save_pretrained(d)
     return d
 
 
