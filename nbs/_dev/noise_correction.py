@@ -35,7 +35,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', default=DATA, help='folder of idx files (default %(default)s)')
     p.add_argument('--work', type=Path, default=Path('runs/noise_correction'), help='default %(default)s')
-    p.add_argument('--updates', type=int, default=3000, help='of the base (default %(default)s)')
+    p.add_argument('--updates', type=int, default=1500, help='of the base (default %(default)s)')
     a = p.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)
     pictures = 2*idx_pictures(a.data)[0] - 1
