@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['Blocks', 'PixelFlow', 'load_pixels']
 
-# %% ../../nbs/03_models/16_pixels.ipynb #0c7e4ef3
+# %% ../../nbs/03_models/16_pixels.ipynb #80b9bfd8
 import math, torch
-from diffusers import UNet2DModel
 from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from .learner import Learner
 from .policies import Policies
 from .protocol import denoising_loss
 
-# %% ../../nbs/03_models/16_pixels.ipynb #f3e8e5ca
+# %% ../../nbs/03_models/16_pixels.ipynb #13842c2e
 class Blocks(nn.Module):
     "A UNet over blocks of `fold × fold` pixels"
     def __init__(self,
@@ -29,6 +28,7 @@ class Blocks(nn.Module):
         layers:int=1 # Residual blocks of each level
     ):
         super().__init__()
+        from diffusers import UNet2DModel
         C, H, W = item
         scale = fold*2**(len(widths) - 1)
         if H % scale or W % scale:
