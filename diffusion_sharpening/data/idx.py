@@ -22,7 +22,8 @@ def read_idx(
     try:
         with (gzip.open if path.suffix == '.gz' else open)(path, 'rb') as f:
             head = f.read(4)
-            if len(head) < 4 or head[:3] != b'\0\0\x08': raise bad(f'found a head of {head.hex() or "nothing"}')
+            if len(head) < 4 or head[:3] != b'\0\0\x08':
+                raise bad(f'found a head of {head.hex() or "nothing"}')
             sizes = f.read(4*head[3])
             if len(sizes) < 4*head[3]: raise bad('which ends within its sizes')
             shape = [int.from_bytes(sizes[i:i+4], 'big') for i in range(0, len(sizes), 4)]
@@ -30,7 +31,8 @@ def read_idx(
             data = f.read(math.prod(shape) + 1)
     except (OSError, EOFError, gzip.zlib.error) as e: raise bad(f'which cannot be read ({e})') from None
     if len(data) != math.prod(shape):
-        raise bad(f'whose numbers should be {math.prod(shape)}, found {"more" if len(data) > math.prod(shape) else len(data)}')
+        found = 'more' if len(data) > math.prod(shape) else len(data)
+        raise bad(f'whose numbers should be {math.prod(shape)}, found {found}')
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(shape)
 
 # %% ../../nbs/07_data/07_idx.ipynb #fb27851d
@@ -45,6 +47,6 @@ def idx_pictures(
         return read_idx(found[0])
     pictures, labels = find('images'), find('labels').long()
     if pictures.ndim != 3 or labels.shape != pictures.shape[:1]:
-        raise ValueError(f'{folder}: expected a label for each picture, found {tuple(labels.shape)} labels for '
-                         f'pictures of {tuple(pictures.shape)}')
+        raise ValueError(f'{folder}: expected a label for each picture, found {tuple(labels.shape)} '
+                         f'labels for pictures of {tuple(pictures.shape)}')
     return pictures[:, None].float()/255, labels

@@ -35,7 +35,8 @@ class Blocks(nn.Module):
             raise ValueError(f'item: expected sides that are multiples of {scale}, found {H} × {W}')
         deep = len(widths) - 1
         self.unet = UNet2DModel(
-            (H//fold, W//fold), C*fold**2, C*fold**2, block_out_channels=tuple(widths), layers_per_block=layers,
+            (H//fold, W//fold), C*fold**2, C*fold**2,
+            block_out_channels=tuple(widths), layers_per_block=layers,
             down_block_types=('DownBlock2D', *['AttnDownBlock2D']*deep), norm_num_groups=8,
             up_block_types=(*['AttnUpBlock2D']*deep, 'UpBlock2D'), attention_head_dim=min(32, widths[-1]))
         self.down, self.up = nn.PixelUnshuffle(fold), nn.PixelShuffle(fold)
@@ -127,7 +128,8 @@ def latents(self:PixelFlow,
     x = things.float()
     if self.item[0] == 1: x = x.mean(-3, keepdim=True)
     if tuple(x.shape[-3:]) != self.item:
-        raise ValueError(f'pictures: expected (…, 3, {self.item[1]}, {self.item[2]}), found {tuple(things.shape)}')
+        raise ValueError(f'pictures: expected (…, 3, {self.item[1]}, {self.item[2]}), '
+                         f'found {tuple(things.shape)}')
     return 2*x - 1
 
 # %% ../../nbs/03_models/16_pixels.ipynb #749d162c
