@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Inverse noise correction on Fashion-MNIST: `python nbs/_dev/noise_correction.py [--data FOLDER] [--work FOLDER]`
+"""Inverse noise correction on Fashion-MNIST:
+`python nbs/_dev/noise_correction.py [--data FOLDER] [--work FOLDER]`
 
 Trains a small unconditional flow in pixel space and a classifier whose features measure it, inverts training
 pictures through the flow, learns the law of the noises (an affine map, and a flow a quarter as large), and
