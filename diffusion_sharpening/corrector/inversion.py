@@ -19,6 +19,7 @@ def _size(x): # Root mean square over one item
 def _relative(r, y): # Items have about unit size; one near 0 is not asked for more digits than float32 has
     return _size(r)/_size(y).clamp(min=.1)
 
+# %% ../../nbs/10_corrector/01_inversion.ipynb #da01be18
 def _try(forward, y, u, rows): # How far the rows `u` are from solving the step
     r = y[rows] - forward(u, rows)
     return r, _relative(r, y[rows])

@@ -39,6 +39,7 @@ def _block(a, b): # Unbiased squared MMD of two sets
     own = lambda k: (k.sum() - k.diagonal().sum())/(len(k)*(len(k) - 1))
     return own(_kernel(a, a)) + own(_kernel(b, b)) - 2*_kernel(a, b).mean()
 
+# %% ../../nbs/02_maths/10_distances.ipynb #c1e5361c
 def kernel_distance(
     a:Tensor, # Features `(n, D)`
     b:Tensor, # Features `(m, D)` of the other set
