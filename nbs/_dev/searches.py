@@ -2,8 +2,8 @@
 """Searches against their budget on the embedded model: data/results/searches.json
 
 `python nbs/_dev/searches.py run` makes what is missing, a part for each search, budget and seed in
-runs/searches; stop it at any time and start it again. `gather` puts together the budgets that every search and
-seed has."""
+runs/searches; stop it at any time and start it again. `gather` puts together the budgets that every search
+and seed has."""
 import argparse, time
 from pathlib import Path
 import torch
@@ -50,7 +50,8 @@ def part(a, model, name, search, judge, k, seed):
                 seconds=time.process_time() - start,
                 exam=exam.tolist(), strict=all_hold(exam).tolist(), clip=clip.tolist())
 
-def file_of(name, k, seed): return parts/f"{name.replace(', ', '-').replace(' ', '_')}-{k}-{seed}.json"
+def file_of(a, name, k, seed):
+    return parts/f"{a.n}-{a.S}-{name.replace(', ', '-').replace(' ', '_')}-{k}-{seed}.json"
 
 def run(a):
     "Make what is missing, small budgets first"
@@ -59,7 +60,7 @@ def run(a):
     for k in BUDGETS:
         for seed in range(a.seeds):
             for name, (search, judge) in arms().items():
-                if (f := file_of(name, k, seed)).exists(): continue
+                if (f := file_of(a, name, k, seed)).exists(): continue
                 got = part(a, model, name, search, judge, k, seed)
                 write_json(f, got)
                 print(f"{k:3}× {seed} {name:26} nfe {got['nfe']:6.1f} clip {sum(got['clip'])/a.n:.3f} exam "
@@ -68,12 +69,12 @@ def run(a):
 def gather(a):
     "The means with their intervals, and what each caption and seed gave"
     names, rows = list(arms()), []
-    whole = lambda k: all(file_of(n, k, s).exists() for n in names for s in range(a.seeds))
+    whole = lambda k: all(file_of(a, n, k, s).exists() for n in names for s in range(a.seeds))
     for k in filter(whole, BUDGETS):
         for name in names:
-            got = [read_json(file_of(name, k, s)) for s in range(a.seeds)]
+            got = [read_json(file_of(a, name, k, s)) for s in range(a.seeds)]
             table = {m: torch.tensor([o[m] for o in got]) for m in ('clip', 'exam', 'strict')}
-            first = [read_json(file_of(name, 1, s)) for s in range(a.seeds)]
+            first = [read_json(file_of(a, name, 1, s)) for s in range(a.seeds)]
             gain = {m: t - torch.tensor([o[m] for o in first]) for m, t in table.items()}
             spent = {m: max(o[m] for o in got) for m in ('nfe', 'calls', 'seconds')}
             rows.append(dict(search=name, budget=k) | spent |
