@@ -135,7 +135,7 @@ def go_on(task:Task, # What is to be done
     spent = {k: max(o[k] for o in told) for k in ('nfe', 'calls')}
     return dict(value=value, **spent, out=str(out))
 
-# %% ../../nbs/13_commands/15_search.ipynb #dbc26856
+# %% ../../nbs/13_commands/15_search.ipynb #ca59f1de
 def search(
     name:str, # best_of_n, zero_order, paths, free2guide, demon, fk, or path/to/file.py:my_search
     model:str=None, # Embedded (`shapes`), a folder, or a name on the Hub; None: the LoRA's, or embedded
@@ -154,7 +154,7 @@ def search(
     variant:str=None # Variant of the model's files, e.g. fp16
 )->dict: # Value with its interval, evaluations and calls for each picture, and the folder
     "Make pictures, each the best that a search finds within its budget"
-    between(1, None, n=n, S=S)
+    between(1, None, n=n, S=S), between(0, 10**6, budget=budget)
     find = find_search(name)
     own = checked(find, parse_settings(settings.split(',') if settings else []))
     model, out = base_of(model, lora), output_folder(out)
