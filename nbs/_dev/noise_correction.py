@@ -71,8 +71,9 @@ def over_seeds(rows):
 
 def measured(name, corrected, a, networks, real, cost):
     "One way to sample: its distances over seeds, and what a picture costs"
-    rows = [distances(features_kept(a.work/f'{name}-{seed}.safetensors', corrected, networks, a.samples, seed + 1),
-                      real) for seed in range(a.seeds)]
+    file = lambda seed: a.work/f'{name}-{seed}.safetensors'
+    made = [features_kept(file(s), corrected, networks, a.samples, s + 1) for s in range(a.seeds)]
+    rows = [distances(found, real) for found in made]
     out = dict(name=name, flop=cost) | over_seeds(rows)
     print(name, f'{cost/1e9:.2f} GFLOP', {k: round(v['frechet']['mean'], 3) for k, v in out.items()
                                           if isinstance(v, dict)}, flush=True)
