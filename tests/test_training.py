@@ -24,17 +24,12 @@ from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.training.loop import Callback, prepare, train
 from diffusion_sharpening.training.run import Run, settings
+from shared import Bright
 
 torch.set_num_threads(1)
 quiet()
 PROMPTS = ['a red circle', 'a blue square', 'a green star']
 tiny = dict(steps=2, batch=2, rank=2, n=2, S=3)
-
-
-class Bright(Reward):
-    "Mean brightness: cheap, and never tied"
-    name, differentiable = 'bright', True
-    def score(self, images, prompts): return 100*images.mean((1, 2, 3))
 
 
 @pytest.fixture(scope='module')

@@ -6,17 +6,17 @@ Every method with every preset of the catalogue, or the methods named. Each run 
 SIGKILL after a random time of its processor, again and again until it comes to its end. It must end in the
 weights, averages, optimizer moments, method state and history of the run left alone. The summary goes
 to data/results/kill_runs.json (not with --dry)."""
-import argparse, hashlib, json, os, random, signal, sys, tempfile, time
-from dataclasses import asdict, fields
+import hashlib, json, os, random, signal, sys, tempfile, time
+from dataclasses import fields
 from pathlib import Path
 import torch
 
 torch.set_num_threads(1)
-from diffusion_sharpening.basics.words import one_of
 from diffusion_sharpening.commands.load import quiet
+from arms import asked
 from results import write
 from diffusion_sharpening.data.sources import Columns, Pictures
-from diffusion_sharpening.methods.catalog import METHODS, find, presets
+from diffusion_sharpening.methods.catalog import find
 from diffusion_sharpening.methods.protocol import noise_columns
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.tiny import tiny_sdxl
@@ -34,18 +34,6 @@ SMALL = dict(n=2, m=2, S=3)          # of a method, where it has such a setting
 class Bright(Reward):
     name, differentiable = 'bright', True
     def score(self, images, prompts): return images.mean((1, 2, 3))
-
-def arms(names):
-    "Name → method and preset; presets with equal settings once"
-    out, seen = {}, []
-    for name in names:
-        for preset in sorted(presets(name), key='default'.__eq__):     # published variants keep their names
-            made = find(name, preset)()
-            same = type(made), asdict(made)
-            if same in seen: continue
-            seen.append(same)
-            out[name if preset == 'default' else f'{name}, {preset}'] = name, preset
-    return out
 
 def source(net, method, run):
     "Prompts, with pictures where the method learns from them"
@@ -127,15 +115,8 @@ def report(found, a, seconds):
     return total
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('methods', nargs='*', help='default: all')
-    p.add_argument('--runs', type=int, default=20, help='of each method and preset')
-    p.add_argument('--steps', type=int, default=4, help='batches of a run')
-    p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--dry', action='store_true', help='write no summary')
-    a = p.parse_args()
-    try: todo = arms([one_of(name, list(METHODS), 'method') for name in a.methods or METHODS])
-    except ValueError as e: p.error(str(e))
+    a, todo = asked(__doc__, runs=(20, 'of each method and preset'), steps=(4, 'batches of a run'),
+                    seed=(0, 'of the moments'))
     quiet()
     rng, t0, found = random.Random(a.seed), time.time(), {}
     with tempfile.TemporaryDirectory() as d:
