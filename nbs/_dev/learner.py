@@ -1,11 +1,10 @@
 #!/usr/bin/env python
 """How the default rule learns: data/results/learner.json and learner-signal.json
 
-`python nbs/_dev/learner.py signal shapes FOLDER` measures the first gradient of each model, its signal against
-its noise, by how times are drawn, and how far it is the gradient of guidance.
-`python nbs/_dev/learner.py run NAME --steps 80 --set lr=1e-3` trains with the exam as
-reward and looks at held-out captions on the way; its log is runs/learner/NAME.json. `gather NAME…` puts logs
-together."""
+`python nbs/_dev/learner.py signal shapes FOLDER` measures the first gradient of each model: its signal
+against its noise, by how times are drawn, and how far it is the gradient of guidance. `python
+nbs/_dev/learner.py run NAME --steps 80 --set lr=1e-3` trains with the exam as reward and looks at held-out
+captions on the way; its log is runs/learner/NAME.json. `gather NAME…` puts logs together."""
 import argparse, json, time
 from dataclasses import asdict
 from pathlib import Path
