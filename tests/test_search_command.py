@@ -17,7 +17,8 @@ def other(images, prompts): return -images[:, 0].mean((1, 2))
 def twice(model, judge, prompts, seeds, S=20, budget=40., k=1):
     return best_of_n(model, judge, prompts, seeds + k, S, budget)
 '''
-ASK = 'search best_of_n --model xl --prompts prompts.txt --reward mine.py:redness --n 3 --S 2 --guidance 1 --px 32'
+ASK = ('search best_of_n --model xl --prompts prompts.txt --reward mine.py:redness --n 3 --S 2 --guidance 1 '
+       '--px 32')
 
 
 @pytest.fixture(scope='module')
@@ -61,7 +62,8 @@ def whole(at):
 
 def test_killed_anywhere_it_ends_in_the_same_bytes(at, whole):
     line = f'{ASK} --budget 6 --out cut'
-    for name, k in (('write_json', 0), ('write_whole', 1), ('write_json', 0), ('write_pictures', 0), ('draw', 0)):
+    places = dict(write_json=0, write_whole=1, keep=1, write_pictures=0, draw=0)
+    for name, k in places.items():
         run(at, line, dies_at(name, k))
         assert files(at/'cut') != whole
     run(at, line)
@@ -72,7 +74,8 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(at, whole):
 
 
 def test_the_folder_is_read_by_score(at, whole):
-    code, out, err = run(at, 'score --images whole --prompts whole/prompts.jsonl --reward mine.py:redness --json')
+    ask = 'score --images whole --prompts whole/prompts.jsonl --reward mine.py:redness --json'
+    code, out, err = run(at, ask)
     told = [json.loads(whole[f'records/{i:04d}.json']) for i in range(3)]
     assert abs(json.loads(out)['mean'] - sum(o['value'] for o in told)/3) < .005, err
     assert [o['prompt'] for o in told] == TEXTS[:3]
@@ -81,10 +84,13 @@ def test_the_folder_is_read_by_score(at, whole):
 
 @pytest.mark.parametrize('more, said', [
     ('--budget 1', 'budget: expected at least 2 evaluations for one picture of 2 steps, found 1'),
-    ('--budget 6 --settings m=2', 'setting'), ('--budget 6 --settings chunk=x', 'chunk: expected a whole number'),
-    ('--budget 6 --settings eta', 'expected key=value'), ('--budget 6 --combine rank', 'expected several rewards'),
+    ('--budget 6 --settings m=2', 'setting'),
+    ('--budget 6 --settings chunk=x', 'chunk: expected a whole number'),
+    ('--budget 6 --settings eta', 'expected key=value'),
+    ('--budget 6 --combine rank', 'expected several rewards'),
     ('--budget 6 --n 0', 'n: expected at least 1'),
-    ('--budget 1e30', 'budget: expected 0 to 1000000'), ('--budget 8 --out whole', 'holds a search with budget 6'),
+    ('--budget 1e30', 'budget: expected 0 to 1000000'),
+    ('--budget 8 --out whole', 'holds a search with budget 6'),
     ('--budget 6 --reward mine.py:other --out whole', 'holds a search with reward')])
 def test_refusals(at, whole, more, said):
     code, out, err = run(at, f'{ASK} --out refused {more}')

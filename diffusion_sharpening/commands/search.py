@@ -135,7 +135,7 @@ def go_on(task:Task, # What is to be done
     spent = {k: max(o[k] for o in told) for k in ('nfe', 'calls')}
     return dict(value=value, **spent, out=str(out))
 
-# %% ../../nbs/13_commands/15_search.ipynb #ca59f1de
+# %% ../../nbs/13_commands/15_search.ipynb #c178076d
 def search(
     name:str, # best_of_n, zero_order, paths, free2guide, demon, fk, or path/to/file.py:my_search
     model:str=None, # Embedded (`shapes`), a folder, or a name on the Hub; None: the LoRA's, or embedded
@@ -166,8 +166,8 @@ def search(
     check_judges({judge.name: judge}, texts, d)
     d.say_cut(texts)
     asked = dict(search=name, settings=own, code=code_of(find), model=model, weights=model_content(model),
-                 lora=lora and content(lora_file(lora)), reward=judge.identity(), budget=budget, S=S, seed=seed,
-                 guidance=d.guidance, eta=d.eta, size=list(d.size), prompts=texts)
+                 lora=lora and content(lora_file(lora)), reward=judge.identity(), budget=budget, S=S,
+                 seed=seed, guidance=d.guidance, eta=d.eta, size=list(d.size), prompts=texts)
     with locked(out):
         begin(out, asked)
         return go_on(Task(find, own, as_trained(d, lora, S), judge, texts, seeds, S, budget), out)
