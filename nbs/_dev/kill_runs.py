@@ -101,7 +101,7 @@ def kill_arm(arm, net, d, runs, steps, rng):
     want, same, kills = digest(d/'whole'), 0, 0
     for i in range(runs):
         out = d/f'run{i}'
-        while not sitting(arm, net, out, steps, out=out, delay=rng.uniform(.05, 1.1)*length): kills += 1
+        while not sitting(arm, net, out, steps, out=out, delay=rng.uniform(.05, 1.3)*length): kills += 1
         same += digest(out) == want
     return dict(runs=runs, identical=same, kills=kills)
 
@@ -115,7 +115,7 @@ def report(found, a, seconds):
     return total
 
 def main():
-    a, todo = asked(__doc__, runs=(20, 'of each method and preset'), steps=(4, 'batches of a run'),
+    a, todo = asked(__doc__, runs=(20, 'of each method and preset'), steps=(3, 'batches of a run'),
                     seed=(0, 'of the moments'))
     quiet()
     rng, t0, found = random.Random(a.seed), time.time(), {}
