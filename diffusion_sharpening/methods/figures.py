@@ -63,7 +63,7 @@ def _framed(ax, w):
     colour = '#009E73' if w > 0 else '#D55E00' if w < 0 else '.75'
     ax.spines[:].set(color=colour, linewidth=3)
 
-# %% ../../nbs/08_methods/27_figures.ipynb #118e7b26
+# %% ../../nbs/08_methods/27_figures.ipynb #023a27de
 def way(title:str, # What is seen
         model, states, # Of one path `(S+1, *item)`
         ts, # Their times `(S+1,)`
@@ -72,7 +72,8 @@ def way(title:str, # What is seen
        )->Row:
     "Some of the states of a path, the last among them"
     at = torch.linspace(1, len(states) - 1, k).round().long()
-    return Row(title, model.show(states[at]), [f't = {float(ts[i]):.3g}' for i in at], torch.full((k,), weight))
+    said = ['end' if model.schedule.clean(ts[i]) else f't = {float(ts[i]):.3g}' for i in at]
+    return Row(title, model.show(states[at]), said, torch.full((k,), weight))
 
 # %% ../../nbs/08_methods/27_figures.ipynb #aadddbf6
 def pulls(method, # Of the forward-process family, started

@@ -15,7 +15,7 @@ from .parts import (
     places, plain, repeated, summary, ties)
 from .protocol import Counting, Lesson
 
-# %% ../../nbs/08_methods/13_forward.ipynb #b61264a6
+# %% ../../nbs/08_methods/13_forward.ipynb #e488bb92
 @dataclass
 class Forward(Counting):
     "Learn from whole samples by their rewards, on fresh noise; a method of the family is its `rule`"
@@ -69,7 +69,7 @@ class Forward(Counting):
         with model.use(self.sampler): x0 = from_prompt(view, self.S, seeds, batch.cond, self.eta)
         R, pictures = at_end(view, judge, x0, batch.prompts)
         A, means = centred(R, self.group)
-        columns = dict(x0=x0, A=A, seeds=seeds, clock=batch.seeds.expand(self.n, -1))
+        columns = dict(x0=x0, A=A, seeds=seeds, prompt_seeds=batch.seeds.expand(self.n, -1))
         if self.anchor: columns['data'] = batch.data['x0'].expand(self.n, *batch.data['x0'].shape)
         rows = self.rows(columns)
         times = len(rows['A'])//len(batch)
@@ -87,7 +87,7 @@ class Forward(Counting):
 
     def asked_at(self, model, lesson, u):
         "Times to which the rows are noised `(R,)`"
-        place = places(lesson['clock'], lesson['k'], self.noises, u, self.early, self.late)
+        place = places(lesson['prompt_seeds'], lesson['k'], self.noises, u, self.early, self.late)
         return self.times(model, self.S, place).to(lesson['x0'].device)
 
     def ask(self, model, lesson, u) -> ForwardBatch:
