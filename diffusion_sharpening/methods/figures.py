@@ -101,4 +101,5 @@ def family_rows(method, # Of the forward-process family
     said = [f'A = {a:+.2f}, t = {float(o):.3g}' for a, o in zip(A[0], t[0])]
     R = judge(ends, batch.prompts*len(ends))
     return [Row('branch: whole samples; score: where they end', ends, [f'R = {r:.3f}' for r in R]),
-            Row('choose: all; learn: towards the green, away from the red', asked, said, pull[0])], lesson, pull
+            Row('choose: all; learn: towards the green, away from the red', asked, said, pull[0])
+            ], lesson, pull

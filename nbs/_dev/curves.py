@@ -104,7 +104,7 @@ def main():
     found, prompts = {} if a.dry else known('curves', about), world.prompts(a.prompts, 'heldout', 0)
     pairs = held_out_pairs(base(), judge, prompts)
     for name, arm in todo.items():
-        if name in found or arm == ('d3po', 'human'): continue      # there are no recorded choices of a person
+        if name in found or arm == ('d3po', 'human'): continue  # there are no choices of people
         print(name, flush=True)
         found[name] = one(arm, a, world, judge, prompts, pairs)
         if not a.dry: write('curves', about | dict(arms=found))
