@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['SetModel']
 
-# %% ../../nbs/03_models/17_set_model.ipynb #5919f569
+# %% ../../nbs/03_models/17_set_model.ipynb #3f9e2be9
 import torch
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor
@@ -17,9 +16,10 @@ from .cond import Cond
 from .learner import Learner
 from .loading import dtype_of
 from .policies import Policies
-from .sets import SetTransformer
+from .sets import (
+    SetTransformer, load_network, save_network)
 
-# %% ../../nbs/03_models/17_set_model.ipynb #d9da82d8
+# %% ../../nbs/03_models/17_set_model.ipynb #0c0cd318
 class SetModel(Learner):
     "A model of sets; subclasses have `item`, `encode`, `show` and `latents`"
     kind, schedule = 'epsilon', VP.scaled_linear(final=1.)
@@ -45,10 +45,7 @@ class SetModel(Learner):
     ) -> 'SetModel': # ValueError where there is none
         "Load a network"
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
-        try: net = SetTransformer.from_pretrained(folder, use_safetensors=True)
-        except (OSError, ValueError, RuntimeError) as e:
-            why = (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise ValueError(f'model: {folder} does not load as a model of sets: {why}') from None
+        net = load_network(folder)
         return cls(net.to(device), guidance, eta, str(folder))
 
     def grid(self, S:int) -> Tensor:
@@ -88,20 +85,21 @@ def cast(self:SetModel,
 def say_cut(self:SetModel, prompts:list): # Texts
     "Nothing: prompts are read whole"
 
-# %% ../../nbs/03_models/17_set_model.ipynb #5abd7171
+# %% ../../nbs/03_models/17_set_model.ipynb #4551e404
 @patch
 def save_lora(self:SetModel,
     dir, # Folder
     name:str='policy' # Adapter to save
 ) -> Path: # The file
     "Save an adapter, for `load_lora`"
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
     return self.policies.save_lora(dir, StableDiffusionLoraLoaderMixin, name)
 
-# %% ../../nbs/03_models/17_set_model.ipynb #436a172d
+# %% ../../nbs/03_models/17_set_model.ipynb #15519294
 @patch
 def save_pipeline(self:SetModel,
     dir # Folder
 ):
     "Save a fully fine-tuned network, for `from_pretrained`"
     if self.named and not self.full: raise ValueError('save_pipeline: there are adapters; use save_lora')
-    self.network.save_pretrained(dir)
+    save_network(self.network, dir)

@@ -110,7 +110,7 @@ class Reward:
         raise NotImplementedError(f'{type(self).__name__} does not implement score')
 
     def grouped(self, things)->list:
-        "What is judged at once, positions and a tensor each: pictures of one size, where no subclass says more"
+        "What is judged at once, as positions and a tensor: pictures of one size, unless a subclass says more"
         return by_size(things)
 
     def __call__(self,

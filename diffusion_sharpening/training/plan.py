@@ -183,7 +183,8 @@ def side_of(model:str, # As for `plan`
            )->int: # None: it makes no pictures
     "Side of the pictures of a model, in pixels"
     if not loader_of(model): return picture_side(model, px)
-    if px is not None: raise ValueError(f'px: expected none, as {Path(model).name} makes no pictures; found {px}')
+    if px is None: return None
+    raise ValueError(f'px: expected none, as {Path(model).name} makes no pictures; found {px}')
 
 # %% ../../nbs/12_training/06_plan.ipynb #26ffa056
 def units_of(model:str, # sdxl, sd15, or the folder of a pipeline

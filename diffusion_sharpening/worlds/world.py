@@ -66,17 +66,19 @@ def weights(name:str # A folder of embedded weights, e.g. `shapes-clip`
     raise ValueError(f"embedded weights: no folder {name!r} in {' or '.join(map(str, weight_folders()))}; "
                      f"there are: {', '.join(there) or 'none'}; DIFFUSION_SHARPENING_DATA names others")
 
-# %% ../../nbs/05_worlds/01_world.ipynb #c66ece0a
+# %% ../../nbs/05_worlds/01_world.ipynb #d8fbaac0
 def _shapes_pairs(n, seed=0):
     ims, texts = dataset(n, seed)
     return ims.float()/255, texts
 
 def _shapes_stats(x): return dict(bleed=bleed(x)) if x.shape[1:] == (3, PX, PX) else {}
 
+# %% ../../nbs/05_worlds/01_world.ipynb #8a50081d
 def _layout_pairs(n, seed=0):
     x = pages(n, seed)
     return x, [prompt_of(o) for o in x]
 
+# %% ../../nbs/05_worlds/01_world.ipynb #b19bb7b3
 WORLDS = dict(
     shapes=World('shapes', prompts, _shapes_pairs, Checker(), show=lambda x: x,
                  groups=lambda texts: [category(t) for t in texts],
@@ -108,7 +110,6 @@ def usual_guidance(model:str # As for `model_path`
                   )->float: # 1 (none) for embedded models, which were trained without; 5 for others
     "Classifier-free guidance that a model is used with unless told otherwise"
     return 1. if world_of(model) else 5.
-
 
 # %% ../../nbs/05_worlds/01_world.ipynb #e118f95b
 def loader_of(model:str # As for `model_path`

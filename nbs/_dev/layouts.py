@@ -2,8 +2,8 @@
 """Methods on pages: data/results/layouts.json
 
 `python nbs/_dev/layouts.py --seeds 0 1 2` trains what is missing in runs/layouts, measures it on held-out
-prompts, and gathers all; `--arms graft ddpo` trains only these and gathers nothing. Every arm collects the
-same number of batches with the same prompts and the same starting noise."""
+prompts, and gathers all; `--arms graft ddpo` trains only these and gathers nothing; `--gather` puts together
+what is there. Every arm collects the same number of batches with the same prompts and starting noise."""
 import argparse, json, time
 from dataclasses import asdict
 from functools import cache
@@ -52,8 +52,8 @@ def per_page(x, texts, judge):
 def of_set(x):
     "Numbers of all pages together, against held-out pages"
     real, net = known()
-    return dict(fid=layout_fid(net, x, real), max_iou=max_iou(x, real[:400], 10), labels=label_distance(x, real),
-                areas=area_distance(x, real))
+    return dict(fid=layout_fid(net, x, real), max_iou=max_iou(x, real[:400], 10),
+                labels=label_distance(x, real), areas=area_distance(x, real))
 
 def measured(x, texts, judge): return dict(pages=per_page(x, texts, judge), sets=of_set(x))
 
@@ -89,9 +89,11 @@ def trained(arm, a, seed):
         r.get('reward') for r in s.history], settings=dict(run=asdict(run), method=asdict(method)))
     return method.deployed(model, S), said
 
+def path_of(arm, a, seed): return runs/f"{'any-' if a.any else ''}{arm.replace(' ', '-')}-{seed}.json"
+
 def one(arm, a, seed):
     "Measure an arm with a seed, unless it was"
-    path = runs/f"{'any-' if a.any else ''}{arm.replace(' ', '-')}-{seed}.json"
+    path = path_of(arm, a, seed)
     if path.exists(): return json.loads(path.read_text())
     texts = [ANY]*a.heldout if a.any else page_prompts(a.heldout, 'heldout', 1)
     judge, said = load_reward('tidy', 'layouts'), {}
@@ -121,9 +123,9 @@ def variance(prompts=64, branches=16):
     for i in range(S):
         x = path[i].expand(branches, *path[i].shape)
         ends = rollout(model, x, grid[i:], cond, 1., many, keep=False).end
-        rows.append(dict(step=i, t=grid[i].item(), left=(score(judge, model, ends, texts).var(0)/total).tolist()))
-    return dict(total=total.item(), branches=branches, rows=[
-        o | dict(left=interval(torch.tensor(o['left']), 'prompts')) for o in rows])
+        left = score(judge, model, ends, texts).var(0)/total
+        rows.append(dict(step=i, t=grid[i].item(), left=interval(left, 'prompts')))
+    return dict(total=total.item(), branches=branches, rows=rows)
 
 def score(judge, model, ends, texts):
     x = model.show(ends)
@@ -134,14 +136,21 @@ def gathered(found):
     of = lambda part: {k: over_seeds(torch.tensor([o[part][k] for o in found])) for k in found[0][part] or ()}
     rows = of('pages') | dict(still=of('still'))
     sets = {k: interval(torch.tensor([o['sets'][k] for o in found]), 'seeds') for k in found[0]['sets']}
-    more = {k: [o[k] for o in found] for k in ('cpu_seconds', 'nfe') if k in found[0]}
+    more = {k: [o[k] for o in found] for k in ('seed', 'cpu_seconds', 'nfe', 'rewards') if k in found[0]}
     return rows | sets | more | {k: found[0][k] for k in ('settings',) if k in found[0]}
 
 def change(found, base, part='pages'):
     "Differences to the base, page by page; `still`: without noise in the sampler"
     if not found[0][part]: return None
-    now, then = ({k: torch.tensor([o[part][k] for o in rows]) for k in rows[0][part]} for rows in (found, base))
+    base = [next(b for b in base if b['seed'] == o['seed']) for o in found]
+    of = lambda rows: {k: torch.tensor([o[part][k] for o in rows]) for k in rows[0][part]}
+    now, then = of(found), of(base)
     return {k: over_seeds(now[k] - then[k]) for k in now}
+
+def looks(arm, a):
+    "The first pages of an arm, to be drawn"
+    file = path_of(arm, a, a.seeds[0]).with_suffix('.pt')
+    return [[[round(v, 3) for v in slot] for slot in x] for x in torch.load(file)[:8].tolist()]
 
 def real(judge):
     "What pages of data have: the other half of the held-out ones against the known"
@@ -153,21 +162,24 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     p.add_argument('--arms', nargs='+'); p.add_argument('--any', action='store_true', help='ask for nothing')
+    p.add_argument('--gather', action='store_true', help='train nothing')
     p.add_argument('--steps', type=int, default=150); p.add_argument('--lr', type=float, default=1e-3)
     p.add_argument('--heldout', type=int, default=256)
     a = p.parse_args()
     torch.set_num_threads(1); runs.mkdir(parents=True, exist_ok=True)
     arms = ['base', 'best of 8', *ARMS]
-    for seed in a.seeds:
+    for seed in () if a.gather else a.seeds:
         for arm in a.arms or arms: one(arm, a, seed)
     if a.arms: return
-    all_of = {arm: [one(arm, a, s) for s in a.seeds] for arm in arms}
+    there = lambda arm: [one(arm, a, s) for s in a.seeds if path_of(arm, a, s).exists()]
+    all_of = {arm: rows for arm in arms if (rows := there(arm))}
     base = all_of['base']
-    found = dict(seeds=a.seeds, heldout=a.heldout, steps=a.steps, S=S, data=real(load_reward('tidy', 'layouts')),
+    found = dict(seeds=a.seeds, heldout=a.heldout, steps=a.steps, S=S,
+                 data=real(load_reward('tidy', 'layouts')),
                  arms={k: gathered(v) for k, v in all_of.items()},
                  change={k: change(v, base) for k, v in all_of.items() if k != 'base'},
                  change_still={k: change(v, base, 'still') for k, v in all_of.items() if k in ARMS},
-                 variance=variance())
+                 variance=variance(), pages={k: looks(k, a) for k in all_of})
     write('layouts-any' if a.any else 'layouts', found)
 
 if __name__ == '__main__': main()

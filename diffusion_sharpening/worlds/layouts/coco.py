@@ -28,15 +28,17 @@ def coco_pages(path # JSON file
               )->Tensor: # Float32 `(N, 9, 5)`; ValueError for another file, or one without a page that fits
     "Upright pages of two to nine elements"
     found, of = read_json(path), defaultdict(list)
-    lack = [k for k in ('images', 'annotations', 'categories') if not isinstance(found, dict) or k not in found]
-    if lack: raise ValueError(f'pages: {path}: expected images, annotations and categories, found no {lack[0]}')
+    parts = 'images', 'annotations', 'categories'
+    lack = [k for k in parts if not isinstance(found, dict) or k not in found]
+    if lack: raise ValueError(f'pages: {path}: expected {", ".join(parts)}, found no {lack[0]}')
     try:
         names, images = _categories(found, path), {i['id']: i for i in found['images']}
         upright = {k for k, i in images.items() if i['height'] >= i['width'] > 0}
         for a in found['annotations']:
             if a['image_id'] in upright: of[a['image_id']].append(_element(a, names, images[a['image_id']]))
     except (KeyError, TypeError) as e:
-        raise ValueError(f'pages: {path}: expected annotations in the form of COCO, found none of {e}') from None
+        why = f'expected annotations in the form of COCO, found none of {e}'
+        raise ValueError(f'pages: {path}: {why}') from None
     good = [as_layout(sorted(v, key=lambda o: (o[2], o[1]))) for v in of.values() if 2 <= len(v) <= SLOTS]
     if good: return torch.stack(good)
     raise ValueError(f'pages: {path}: expected upright pages of 2 to {SLOTS} elements, found none')

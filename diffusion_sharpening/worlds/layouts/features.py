@@ -66,7 +66,7 @@ def feature_loss(layouts:Tensor, # Pages `(n, 9, 5)`
         return true + F.cross_entropy(kind.flatten(0, 1), x[..., 0].long().flatten()) + 10*err
     return loss
 
-# %% ../../../nbs/05_worlds/layouts/08_features.ipynb #1a5d7220
+# %% ../../../nbs/05_worlds/layouts/08_features.ipynb #da248a83
 def train_features(work, # Folder of the run: state file and log
                    out, # Folder that gets the weights
                    n:int=20000, steps:int=1500, # Pages, and updates
@@ -82,6 +82,7 @@ def train_features(work, # Folder of the run: state file and log
     save_file({k: v.contiguous() for k, v in net.state_dict().items()}, out/'features.safetensors')
     return net
 
+# %% ../../../nbs/05_worlds/layouts/08_features.ipynb #87850797
 def load_features(folder # With `features.safetensors`
                  )->FeatureNet: # Frozen
     "The features that `train_features` saved"

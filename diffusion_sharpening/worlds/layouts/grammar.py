@@ -11,7 +11,7 @@ import hashlib, random, torch
 from torch import Tensor
 
 # %% ../../../nbs/05_worlds/layouts/01_grammar.ipynb #83a897f5
-LABELS = 'text', 'title', 'list', 'table', 'figure' # Those of PubLayNet; numbered from 1, as 0 is an empty slot
+LABELS = 'text', 'title', 'list', 'table', 'figure' # Those of PubLayNet; numbers from 1, 0 is an empty slot
 SLOTS = 9 # Elements of a page, at most
 
 # %% ../../../nbs/05_worlds/layouts/01_grammar.ipynb #b825fa38

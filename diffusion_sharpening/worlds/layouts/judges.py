@@ -15,7 +15,7 @@ from .grammar import LABELS, SLOTS, counts_of
 from .metrics import (
     alignment, areas, in_columns, in_margins, overlap)
 
-# %% ../../../nbs/05_worlds/layouts/07_judges.ipynb #d424582a
+# %% ../../../nbs/05_worlds/layouts/07_judges.ipynb #a72da217
 def as_pages(things # What a judge was given
             )->Tensor: # Float32 `(B, 9, 5)`; ValueError for anything else
     "Pages as one tensor"
@@ -24,6 +24,7 @@ def as_pages(things # What a judge was given
     found = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
     raise ValueError(f'pages: expected (B, {SLOTS}, 5), found {found}')
 
+# %% ../../../nbs/05_worlds/layouts/07_judges.ipynb #6e334cad
 class OfPages:
     "What makes a reward one of pages"
     def grouped(self, things) -> list:

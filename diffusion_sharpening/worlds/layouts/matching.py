@@ -12,7 +12,7 @@ from torch import Tensor
 from .grammar import LABELS
 from .metrics import areas, corners
 
-# %% ../../../nbs/05_worlds/layouts/04_matching.ipynb #61b8912e
+# %% ../../../nbs/05_worlds/layouts/04_matching.ipynb #954a72c7
 def assign(value:Tensor # `(n, m)`
           )->list: # Pairs `(row, column)`, min(n, m) of them
     "The assignment of rows to columns with the largest sum"
@@ -20,10 +20,11 @@ def assign(value:Tensor # `(n, m)`
     cost = -value.double()
     n, m = cost.shape
     u, v = cost.new_zeros(n + 1), cost.new_zeros(m + 1)   # prices of rows and columns
-    row_of = torch.full((m + 1,), n)                      # the row of each column; n: none; m: where a row starts
+    row_of = torch.full((m + 1,), n)                      # the row of each column; n: none
     for i in range(n): _augment(cost, u, v, row_of, i)
     return sorted((int(row_of[j]), j) for j in range(m) if row_of[j] < n)
 
+# %% ../../../nbs/05_worlds/layouts/04_matching.ipynb #283e5f0b
 def _augment(cost, u, v, row_of, i): # Give row `i` a column along the cheapest path of changes
     n, m = cost.shape
     low, back, done = cost.new_full((m + 1,), torch.inf), torch.full((m + 1,), m), torch.zeros(m + 1).bool()

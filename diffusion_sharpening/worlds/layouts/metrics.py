@@ -52,7 +52,7 @@ def areas(layouts:Tensor # `(…, 9, 5)`
     "Areas of the elements"
     return layouts[..., 3:].prod(-1)*_there(layouts)
 
-# %% ../../../nbs/05_worlds/layouts/03_metrics.ipynb #100f2a2f
+# %% ../../../nbs/05_worlds/layouts/03_metrics.ipynb #f895403b
 def overlap(layouts:Tensor # `(B, 9, 5)`
            )->Tensor: # `(B,)`, 0 is best; above 1 where several cover one
     "Share of an element that others cover, in the mean (LayoutGAN++)"
@@ -60,6 +60,7 @@ def overlap(layouts:Tensor # `(B, 9, 5)`
     share = intersections(layouts).sum(-1)/area.clamp(min=1e-9)
     return torch.where(area > 1e-9, share, 0.).sum(-1)/n
 
+# %% ../../../nbs/05_worlds/layouts/03_metrics.ipynb #2ca779f2
 def overlap_area(layouts:Tensor # `(B, 9, 5)`
                 )->Tensor: # `(B,)`, in units of the page
     "All overlaps added (LayoutGAN)"

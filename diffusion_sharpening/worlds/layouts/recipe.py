@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULE', 'page_loss', 'train_pages', 'remake']
 
-# %% ../../../nbs/05_worlds/layouts/10_recipe.ipynb #f6d98628
+# %% ../../../nbs/05_worlds/layouts/10_recipe.ipynb #e20c217d
 import torch
 from pathlib import Path
 from torch import Tensor
@@ -17,7 +17,7 @@ from .grammar import page_prompts, pages, prompt_of
 from .items import conditions, to_items
 from .judges import spreads
 from .model import LayoutModel
-from ...models.sets import SetTransformer
+from ...models.sets import SetTransformer, save_network
 
 # %% ../../../nbs/05_worlds/layouts/10_recipe.ipynb #1ea46aa3
 SCHEDULE = VP.scaled_linear(final=1.) # Stable Diffusion's noise, with an end that is clean
@@ -53,7 +53,7 @@ def train_pages(work, # Folder of the run: state file and log
     return fit(SetTransformer().train(), page_loss(to_items(x), told, seed=seed), steps, 1e-3,
                work/'pages.state', log=work/'pages.jsonl', rate=trapezoid_lr, save_every=500)
 
-# %% ../../../nbs/05_worlds/layouts/10_recipe.ipynb #dd2fb5e1
+# %% ../../../nbs/05_worlds/layouts/10_recipe.ipynb #81ab1eb2
 def remake(work, # Folder of the run: pages, state files and logs
            out, # Folder that gets `layouts-model` and `layouts-features`
            n:int=40000, steps:int=12000, # Pages and updates of the model
@@ -62,7 +62,7 @@ def remake(work, # Folder of the run: pages, state files and logs
           )->None:
     "Train what ships; started again after a stop, it goes on where it was"
     net, out = train_pages(work, n, steps), Path(out)
-    net.save_pretrained(out/'layouts-model')
+    save_network(net, out/'layouts-model')
     texts = page_prompts(samples, 'train', 3)
     made = LayoutModel(net).sample(texts, S=20, eta=1., chunk=64)
     write_json(out/'layouts-model'/'tidy.json', spreads(made))
