@@ -35,8 +35,9 @@ def measured(model, w, texts, eta, steps, few, k):
     many = evaluate(model, again, {w.exam.name: w.exam}, steps, eta, seed=7)
     of = many.scores[w.exam.name].view(few, k)
     groups = {g: both(v) for g, v in w.by_group(s, texts).items()}
-    return s, both(s) | dict(eta=eta, calls=e.nfe, groups=groups, spread=interval(spread(many.images, k), 'captions'),
-                             best_of_k=interval(of.amax(1), 'captions'), k=k)
+    apart = interval(spread(many.images, k), 'captions')
+    return s, both(s) | dict(eta=eta, calls=e.nfe, groups=groups, spread=apart, k=k,
+                             best_of_k=interval(of.amax(1), 'captions'))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,7 +45,7 @@ def main():
     p.add_argument('--n', type=int, default=240, help='held-out captions (default %(default)s)')
     p.add_argument('--few', type=int, default=40, help='captions with several pictures (default %(default)s)')
     p.add_argument('--k', type=int, default=8, help='pictures of each of them (default %(default)s)')
-    p.add_argument('--steps', type=int, default=20, help='network calls (default %(default)s)')
+    p.add_argument('--steps', type=int, default=20, help='of the sampler (default %(default)s)')
     p.add_argument('--eta', type=float, nargs='+', default=[0., 1.])
     p.add_argument('--name', default='bases', help='of the file of results')
     a = p.parse_args(); torch.set_num_threads(1)
