@@ -1,5 +1,5 @@
 "The folder of a run: whose it is, what is refused there, and that nothing of anybody is lost"
-import signal, subprocess, sys, time
+import json, signal, subprocess, sys, time
 
 import pytest, torch
 from safetensors.torch import load_file
@@ -183,6 +183,19 @@ def test_from_another_folder(made, tmp_path, monkeypatch):
     train('rlhf', 'xl', 'mine.py:bright', 'prompts.txt', str(tmp_path/'a'), steps=1, **small)
     monkeypatch.chdir(tmp_path)
     assert resume('rlhf', 'a', steps=2)['batches'] == 2
+
+
+def test_validation_goes_on(made, tmp_path):
+    "Scores of held-out prompts on the way: of the weights that are kept, and the same after a resume"
+    more = dict(heldout=2, S_eval=2, validate_every=2)
+    rep = go(made, tmp_path/'a', 4, **more)
+    go(made, tmp_path/'b', 3, **more)
+    resume('rlhf', tmp_path/'b', steps=4)
+    seen = [[{k: v for k, v in json.loads(l).items() if k.startswith('validation/')}
+             for l in (tmp_path/d/'metrics.jsonl').read_text().splitlines()] for d in 'ab']
+    assert seen[0] == seen[1] and [len(row) for row in seen[0]] == [0, 1, 0, 1]
+    kept = rep['after']['judges']['mine:bright']['overall']['mean']
+    assert seen[0][3]['validation/mine:bright'] == pytest.approx(kept, abs=1e-5)
 
 
 # What is published

@@ -111,6 +111,8 @@ def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:st
     if S_eval < 1: raise ValueError(f'S_eval: expected at least one sampler step, found {S_eval}')
     run, made = settings(method, preset, **changes)
     world, n, own = world_of(model), heldout_number(heldout, model), own_pairs(made, images)
+    if run.validate_every and not n:
+        raise ValueError('validate_every: expected held-out prompts to score, found none')
     if made.columns and not images and not world:
         what = 'image-caption pairs' if made.needs_images else 'a table of preferences'
         raise ValueError(f'images: {method} ({preset}) learns from {what}; name them with --images')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEFORE', 'OPTIONS', 'check_plan', 'plan', 'check_names', 'depends_on', 'Keep', 'measured_before', 'callbacks',
-           'save_weights', 'write_results', 'report_of', 'fine_tune', 'stopped', 'train', 'all_settings', 'resume']
+           'validation', 'save_weights', 'write_results', 'report_of', 'fine_tune', 'stopped', 'train', 'all_settings',
+           'resume']
 
 # %% ../../nbs/13_commands/08_train.ipynb #f7d5ad28
 import diffusion_sharpening, inspect, os, time, uuid
@@ -25,7 +26,7 @@ from ..models.lora import lora_file
 from ..names.catalog import entry, packages
 from ..names.grammar import parse_spec
 from ..training.advice import advice
-from ..training.callbacks import Alarms, Log, Progress, Timer, Tracker, WinRate
+from ..training.callbacks import Alarms, Log, Progress, Timer, Tracker, Validate, WinRate
 from ..training.folder import first_process, read_report, read_run, sums, taken
 from ..training.loop import Callback, train as fit
 from ..training.plan import Plan, plan as planned, plan_table, units_of
@@ -147,6 +148,17 @@ def callbacks(out:Path, # Folder of the run
     return [*[Resume(at, about, around)]*again, Record(out, asked, again), plan, Timer(), Alarms(exam, 10),
             Progress(), Log(out/'metrics.jsonl'), *tracker, saved]
 
+# %% ../../nbs/13_commands/08_train.ipynb #b53dd1ea
+def validation(job:Job, # What is run
+               chunk:int # Pictures at once
+              )->list: # Callbacks
+    "What is asked of held-out data on the way: scores of prompts, the win rate of pairs"
+    run = job.run
+    few = job.held[:run.validate_prompts] if run.validate_every else []
+    scores = [Validate(few, job.exams, run.validate_every, job.S_eval, chunk)] if few else []
+    pairs = [WinRate(job.source.held)] if hasattr(job.source, 'held') else []
+    return scores + pairs
+
 # %% ../../nbs/13_commands/08_train.ipynb #ff7ff5a7
 def save_weights(out:Path, # Folder of the run
                  model, # With the trained weights
@@ -212,7 +224,7 @@ def fine_tune(out:Path, # Folder of the run
     units = units_of(model.source, model.size[1], run, vae)
     plan = Plan(job.what, len(held), job.S_eval, False, units)
     beside = [*callbacks(out, asked, around, job.other, again, plan), *kept]
-    if hasattr(job.source, 'held'): beside.append(WinRate(job.source.held))
+    beside += validation(job, chunk)
     s = fit(model, job.method, job.judge, job.source, run, beside)
     if s.stop: return stopped(out, asked['method'], s)
     saved = save_weights(out, model, run.rank > 0) if s.rank == 0 else None

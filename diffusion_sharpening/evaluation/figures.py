@@ -80,19 +80,23 @@ def draw_log(ax, # Axes
     for t in ax.legend(frameon=False, fontsize=8).get_texts(): t.set(**LITERAL)
 
 # %% ../../nbs/11_evaluation/04_figures.ipynb #0110b17b
-def curve(log:list, # Rows with `step`, `reward` and `best`; `held-out/…` in some
+def curve(log:list, # Rows with `step`, `reward` and `best`; `held-out/…` and `validation/…` in some
           path # PNG to write
          )->None:
     "Draw the reward of the candidates over training, and what other judges said of them"
     from matplotlib.figure import Figure
-    watched = list(dict.fromkeys(k for r in log for k in r if k.startswith('held-out/')))
+    watched = list(dict.fromkeys(k for r in log for k in r if k.startswith(('held-out/', 'validation/'))))
     heights = [3, 2] if watched else [3]
     fig = Figure(figsize=(5, sum(heights)), layout='constrained')
     axs = fig.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     draw_log(axs[0], log, dict(reward='mean of candidates', best='best of each prompt'))
     axs[0].set(ylabel='reward', title='Reward on the training prompts')
     if watched:
-        draw_log(axs[1], log, {k: k.removeprefix('held-out/') + ', not trained on' for k in watched})
+        draw_log(axs[1], log, {k: _label(k) for k in watched})
         axs[1].set(ylabel='score')
     axs[-1].set_xlabel('update')
     fig.savefig(path, dpi=110)
+
+def _label(key): # Of a number in the log that another judge gave, or held-out prompts
+    kind, _, judge = key.partition('/')
+    return f'{judge}, not trained on' if kind == 'held-out' else f'{judge} on held-out prompts'

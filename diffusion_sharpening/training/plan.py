@@ -154,7 +154,7 @@ ROWS = dict(
     forwards=('evaluations', 'all forwards, per update'),
     micro=('evaluations', 'with gradient at once; 0: all of an update'),
     decode=('pictures', 'decoded and scored, per batch'),
-    evaluation=('evaluations', 'forwards of the evaluation before and after'),
+    evaluation=('evaluations', 'forwards of the evaluation before and after, and of validation'),
     evaluation_chunk=('pictures', 'of the evaluation at once'),
     parameters=('million', 'of the network'), learning=('million', 'that learn'),
     F=('TFLOP', 'one forward of one picture'), B=('F', 'one forward and backward'),
@@ -162,7 +162,7 @@ ROWS = dict(
     rollout_tflop=('TFLOP', 'candidates, per batch'), old_tflop=('TFLOP', 'older policy, per batch'),
     reference_tflop=('TFLOP', 'base, per batch'), lesson_tflop=('TFLOP', 'learning, per batch'),
     decode_tflop=('TFLOP', 'decodes, per batch'), tflop=('TFLOP', 'per batch'),
-    evaluation_tflop=('TFLOP', 'evaluation before and after'),
+    evaluation_tflop=('TFLOP', 'evaluation before and after, and validation'),
     memory_weights=('GiB', 'all weights that do not learn'),
     memory_learning=('GiB', 'weights that learn, gradients, AdamW, copies'),
     memory_graph=('GiB', 'graph of a chunk of an update'), memory_rollout=('GiB', 'one rollout step'),
@@ -200,11 +200,14 @@ def work_of(ask:dict, # From `evaluations`
 def evaluation_of(units:dict, # As for `memory`
                   heldout:int, # Prompts
                   S:int, # Sampler steps
-                  guidance:float=1. # 1: none, at half the cost
+                  guidance:float=1., # 1: none, at half the cost
+                  between:int=0 # Pictures of the validation
                  )->tuple: # Network evaluations and TFLOP
-    "What the evaluation before and after takes"
-    n, V = heldout*S*(1 if guidance == 1 else 2), units['show'].tflop
-    return 2*n, n*(units['reference'].tflop + units['rollout'].tflop) + 2*heldout*V
+    "What the evaluation before and after takes, and the validation between"
+    one, pictures = S*(1 if guidance == 1 else 2), 2*heldout + between
+    first, later = units['reference'].tflop, units['rollout'].tflop
+    work = one*(heldout*first + (heldout + between)*later) + pictures*units['show'].tflop
+    return one*pictures, work
 
 # %% ../../nbs/12_training/06_plan.ipynb #a81f2136
 def plan_rows(what:str, # Model and method, in words
@@ -219,7 +222,9 @@ def plan_rows(what:str, # Model and method, in words
              )->list: # One dict per row: name, value, unit, about
     "Batch arithmetic: what a run asks for, and what that costs"
     ask, top = evaluations(run, method, guidance), dev.peak(run.precision)
-    work, (n, once) = work_of(ask, units), evaluation_of(units, heldout, S_eval, guidance)
+    looks = run.validate_every and run.steps//run.validate_every
+    between = looks*min(heldout, run.validate_prompts)
+    work, (n, once) = work_of(ask, units), evaluation_of(units, heldout, S_eval, guidance, between)
     whole = memory(sizes, units, ask, run, method.updates, world)
     micro = run.micro or chunk_that_fits(dev, units, whole, method.width)
     mem = memory(sizes, units, ask, replace(run, micro=micro), method.updates, world)
