@@ -128,6 +128,7 @@ def _bonds(graph, xy): # Ends of every line that is drawn
         across = torch.stack([-d[1], d[0]])/d.norm().clamp(min=1e-6)
         for k in range(n): yield xy[i] + .07*(k - (n - 1)/2)*across, xy[j] + .07*(k - (n - 1)/2)*across
 
+# %% ../../../nbs/05_worlds/molecules/03_graphs.ipynb #409e8f3d
 def draw(
     graphs:Tensor, # int64 `(B, 7, 8)`
     side:int=64 # Pixels
