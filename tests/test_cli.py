@@ -373,6 +373,8 @@ def test_each_command(trained, tmp_path, monkeypatch, capsys):
              ('plan', 'rlhf', '--json'),
              ('score', '--images', pics, '--prompts', pics/'prompts.jsonl', '--reward', 'clip@shapes',
               '--out', tmp_path/'s'),
+             ('search', 'fk', '--lora', run, '--out', tmp_path/'f', '--n', 1, '--S', 2, '--budget', 4,
+              '--reward', 'clip@shapes'),
              ('methods',), ('rewards',), ('evaluate', '--lora', run, '--reward', 'clip@shapes', '--n', 2,
                                           '--S', 1)]
     for argv in lines:
