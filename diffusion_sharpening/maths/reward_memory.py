@@ -53,7 +53,7 @@ class RewardMemory:
 # %% ../../nbs/02_maths/09_reward_memory.ipynb #1c401665
 def against(R:Tensor, # Rewards, any shape
             mean:Tensor, std:Tensor, # Of their prompts, same shape; NaN: those of the batch
-            means:dict # `moments` of the batch, over all processes
+            means:dict # `batch_means` of the batch, over all processes
            )->Tensor: # Same shape
     "Rewards standardised by what their prompt usually gets"
     mean = torch.where(mean.isnan(), means['reward'].to(R), mean)

@@ -9,7 +9,7 @@ __all__ = ['from_everywhere', 'AgainstUsual', 'DDPO', 'DDPOScore']
 from dataclasses import dataclass
 from ..basics.settings import within
 from torch import distributed
-from ..maths.choice import moments
+from ..maths.choice import batch_means
 from ..maths.reward_memory import RewardMemory, against
 from .policy_gradient import PolicyGradient, clipped, moved
 
@@ -38,7 +38,7 @@ class AgainstUsual(PolicyGradient):
         "Rewards, and mean and deviation of what is known of their prompts"
         self.seen = prompts, R.cpu()
         mean, std = (o.expand_as(R) for o in self.rewards.usual(prompts, R))
-        return dict(R=R, mean=mean, std=std), moments(R)
+        return dict(R=R, mean=mean, std=std), batch_means(R)
 
     def advantages(self, lesson):
         "How much better than usual `(R,)`"

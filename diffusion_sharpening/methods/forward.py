@@ -15,7 +15,7 @@ from .parts import (
     places, plain, repeated, summary, ties)
 from .protocol import Counting, Lesson
 
-# %% ../../nbs/08_methods/13_forward.ipynb #9eb68882
+# %% ../../nbs/08_methods/13_forward.ipynb #e488bb92
 @dataclass
 class Forward(Counting):
     "Learn from whole samples by their rewards, on fresh noise; a method of the family is its `rule`"
@@ -69,7 +69,7 @@ class Forward(Counting):
         with model.use(self.sampler): x0 = from_prompt(view, self.S, seeds, batch.cond, self.eta)
         R, pictures = at_end(view, judge, x0, batch.prompts)
         A, means = centred(R, self.group)
-        columns = dict(x0=x0, A=A, seeds=seeds, clock=batch.seeds.expand(self.n, -1))
+        columns = dict(x0=x0, A=A, seeds=seeds, prompt_seeds=batch.seeds.expand(self.n, -1))
         if self.anchor: columns['data'] = batch.data['x0'].expand(self.n, *batch.data['x0'].shape)
         rows = self.rows(columns)
         times = len(rows['A'])//len(batch)
@@ -81,13 +81,20 @@ class Forward(Counting):
         "Candidates `(n, B, …)` as rows, once for each noise"
         return noise_rows({c: flat(v) for c, v in columns.items()}, self.noises)
 
+    def advantages(self, lesson):
+        "Rewards of the rows beside those of their prompt, `scale` for each standard deviation `(R,)`"
+        return self.scale*levelled(lesson['A'], lesson.means).clamp(-self.most, self.most)
+
+    def asked_at(self, model, lesson, u):
+        "Times to which the rows are noised `(R,)`"
+        place = places(lesson['prompt_seeds'], lesson['k'], self.noises, u, self.early, self.late)
+        return self.times(model, self.S, place).to(lesson['x0'].device)
+
     def ask(self, model, lesson, u) -> ForwardBatch:
         "What policy and others say of the rows, noised afresh"
-        x0, A, seeds, k, clock = (lesson[c] for c in ('x0', 'A', 'seeds', 'k', 'clock'))
-        A = self.scale*levelled(A, lesson.means).clamp(-self.most, self.most)
-        place = places(clock, k, self.noises, u, self.early, self.late)
-        t = self.times(model, self.S, place).to(x0.device)
-        return forward_batch(plain(model), x0, A, t, seeds, lesson.cond, u, self.others(), self.clean)
+        A, t = self.advantages(lesson), self.asked_at(model, lesson, u)
+        return forward_batch(plain(model), lesson['x0'], A, t, lesson['seeds'], lesson.cond, u, self.others(),
+                             self.clean)
 
     def loss(self, model, judge, lesson, u) -> tuple:
         "The rule, and what holds the policy `(R,)`"

@@ -1,8 +1,9 @@
 "Methods and presets to measure, as the scripts that go through all of them are asked for them"
-import argparse
+import argparse, json
 from dataclasses import asdict
 from diffusion_sharpening.basics.words import one_of
 from diffusion_sharpening.methods.catalog import METHODS, find, presets
+from results import folder, origin
 
 def arms(names):
     "Name → method and preset; presets with equal settings once"
@@ -26,3 +27,12 @@ def asked(doc, **numbers):
     a = p.parse_args()
     try: return a, arms([one_of(name, list(METHODS), 'method') for name in a.methods or METHODS])
     except ValueError as e: p.error(str(e))
+
+def known(name, about):
+    "Arms in data/results/NAME.json, if it was measured with these settings and by this code"
+    file = folder/f'{name}.json'
+    if not file.exists(): return {}
+    was, now = json.loads(file.read_text()), about | {'git_commit': origin()['git_commit']}
+    other = [k for k, v in now.items() if was.get(k) != v]
+    if other: print(f'{file.name} is of another {other[0]}: all is measured anew', flush=True)
+    return {} if other else was['arms']
