@@ -84,8 +84,8 @@ agrees with held-out choices about as often as the CLIP does (`results/rewards-p
 | `shapes-aesthetic/` | one linear layer on the picture tower of `shapes-clip/`, fitted to the ratings of a \
 made-up taste (warm colours, patterned fills); the reward `aesthetic@shapes` \
 (`results/rewards-preference.json`) | the same command |
-| `layouts-model/` | a transformer of pages, .5 M parameters, with the spreads that the reward `tidy` divides \
-by; `sharpen demo --world layouts` | `make weights` |
+| `layouts-model/` | a transformer of pages, .5 M parameters, with the spreads that the reward `tidy` \
+divides by; `sharpen demo --world layouts` | `make weights` |
 | `layouts-features/` | the features of layout-FID (ours), .2 M parameters: not those of any published score \
 | `make weights` |
 | `results/` | measurements, each with the command that makes it again | the commands named in the files |
