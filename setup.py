@@ -30,7 +30,7 @@ setup(
     python_requires='>='+cfg['min_python'],
     packages=find_packages(include=[f"{cfg['lib_path']}*"]), zip_safe=False, cmdclass=dict(build_py=Build),
     install_requires=cfg['requirements'].split(),
-    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'mllm', 'data', 'features')},
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'mllm', 'data', 'features', 'molecules')},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
 )

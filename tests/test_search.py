@@ -17,7 +17,7 @@ from diffusion_sharpening.search.protocol import Verifier, candidate_seeds, line
 from diffusion_sharpening.search.verifiers import minmax, raw
 
 PROMPTS, S, G = ['a red circle', 'a blue square'], 4, 2
-SMALL = dict(zero_order=dict(n=2), paths=dict(first=2, up=1, down=2), fk=dict(every=1, first=1))
+SMALL = dict(zero_order=dict(n=2), paths=dict(first=2, up=1, down=2), fk=dict(every=1))
 
 
 class Bright(Reward):

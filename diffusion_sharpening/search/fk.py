@@ -59,7 +59,7 @@ class Particles:
         same = pad_right((to == own).to(m.x.device), m.x)
         return torch.where(same, m.step.prev, m.step.mean[at] + m.step.prev - m.step.mean)
 
-# %% ../../nbs/09_search/06_fk.ipynb #9e68730f
+# %% ../../nbs/09_search/06_fk.ipynb #370fd69f
 @torch.no_grad()
 def fk(model, # `predict`, `schedule`, `item`, `encode`, `grid`, `show`
        judge, # The verifier
@@ -67,16 +67,16 @@ def fk(model, # `predict`, `schedule`, `item`, `encode`, `grid`, `show`
        seeds:Tensor, # int64 `(B,)`
        S:int=20, # Sampler steps
        budget:float=160., # Network evaluations for each picture
-       every:int=4, # Steps between two comparisons
-       first:int=4, # Step before which the first one is made
+       every:int=None, # Steps between two comparisons, the first one included; None: a fifth of all
        lam:float=None, # Strength in units of the value; None: 4 standard deviations
        eta:float=None # Fresh noise of each step; None: as the model samples, or 1 where that is 0
       )->Found:
     "Of as many particles as the budget pays for, the best at the end"
-    between(1, None, every=every, first=first)
+    every = max(1, S//5) if every is None else every
+    between(1, None, every=every)
     meter, own = Meter(model), candidate_seeds(seeds, affordable(model, S, budget))
     look, eta = Verifier(meter, judge, prompts), own_eta(model, eta, 1.)
-    steer = Particles(look, range(first, S, every), lam)
+    steer = Particles(look, range(every, S, every), lam)
     z = noise(own, START, model.item, model.device)
     x0 = rollout(meter, z, model.grid(S), model.encode(prompts), eta, own, keep=False, steer=steer).end
     last = look(x0, own, steer.parents)

@@ -50,7 +50,7 @@ def how_many(S:int, # Sampler steps
     R = min(rounds, (evaluations - S)//one)
     return evaluations//(S + R*one), R
 
-# %% ../../nbs/09_search/03_paths.ipynb #b8b1fbc6
+# %% ../../nbs/09_search/03_paths.ipynb #56cde06d
 @torch.no_grad()
 def paths(model, # `predict`, `schedule`, `item`, `encode`, `grid`, `show`
           judge, # The verifier
@@ -59,14 +59,15 @@ def paths(model, # `predict`, `schedule`, `item`, `encode`, `grid`, `show`
           S:int=20, # Sampler steps
           budget:float=160., # Network evaluations for each picture
           M:int=2, # Runs of each path and round
-          first:int=8, # Steps before the first round
-          up:int=3, # Δf: steps back up
-          down:int=6, # Δb: steps down again, more than up
+          first:int=None, # Steps before the first round; None: two fifths of all
+          up:int=2, # Δf: steps back up
+          down:int=4, # Δb: steps down again, more than up
           eta:float=None # Fresh noise of each step; None: as the model samples
          )->Found:
     "Noise paths up, run them down in several ways, keep the best, and so on to the end"
-    between(1, None, M=M, up=up), between(up + 1, S, down=down), between(up, S - 1, first=first)
     affordable(model, S, budget)
+    first = max(up, 2*S//5) if first is None else first
+    between(1, None, M=M, up=up), between(up + 1, S, down=down), between(up, S - 1, first=first)
     most, one = (S - 1 - first)//(down - up), (M - 1)*down + up
     N, R = how_many(S, int(budget//getattr(model, 'cost', 1)), most, one)
     meter, eta, ts = Meter(model), own_eta(model, eta), model.grid(S)
