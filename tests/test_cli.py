@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 
+import diffusion_sharpening
 from diffusion_sharpening.commands import cli, job, report as reports, train as command
 from diffusion_sharpening.evaluation.measure import report
 from diffusion_sharpening.commands.load import load_model
@@ -648,3 +649,9 @@ def test_one_held_out_prompt_has_no_interval(xl, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert 'None' not in out and f'are in {tmp_path}/out' in out
     assert call(monkeypatch, 'push', tmp_path/'out', 'me/one', '--dry-run') == 0
+
+
+def test_version(capsys):
+    "As people type it when they report a fault"
+    assert cli.run(['--version']) == 0
+    assert capsys.readouterr().out == f'sharpen {diffusion_sharpening.__version__}\n'

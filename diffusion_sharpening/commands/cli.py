@@ -227,6 +227,9 @@ def run(argv:list # Arguments without the program's name
     if not argv or argv[0] in ('-h', '--help'):
         print(usage())
         return 0
+    if argv[0] == '--version':
+        print(f'sharpen {diffusion_sharpening.__version__}')
+        return 0
     name = one_of(argv[0], COMMANDS, 'command')
     if {'-h', '--help'} & {*argv}:
         print(help_of(name, argv[1:]))
