@@ -70,7 +70,7 @@ class SDXL(SD):
         added = dict(text_embeds=cond['pooled'], time_ids=cond['size'])
         return dict(encoder_hidden_states=cond['text'], added_cond_kwargs=added)
 
-# %% ../../nbs/03_models/04_families.ipynb #5399dd76
+# %% ../../nbs/03_models/04_families.ipynb #8955e85e
 def _clip(pipe, prompt, k):  # Features and pooled vector of one CLIP encoder; None where it is missing
     tok, enc = (getattr(pipe, o + ('_2' if k else '')) for o in ('tokenizer', 'text_encoder'))
     if enc is None: return None
@@ -79,6 +79,7 @@ def _clip(pipe, prompt, k):  # Features and pooled vector of one CLIP encoder; N
     out = enc(ids.to(pipe.device), output_hidden_states=True)
     return out.hidden_states[-2], out[0]
 
+# %% ../../nbs/03_models/04_families.ipynb #be5f4e98
 def _clips(pipe, prompt):  # Both side by side, zeros where one is missing
     both, width = [_clip(pipe, prompt, k) for k in (0, 1)], pipe.transformer.config.pooled_projection_dim
     if both == [None, None]: both = [None]
