@@ -16,7 +16,7 @@ class Build(build_py):
     def run(self):
         super().run()
         if self.editable_mode: return
-        for folder in sorted((here/'data').glob('shapes-*')):
+        for folder in sorted((here/'data').glob('*-*')):
             self.copy_tree(str(folder), f"{self.build_lib}/{cfg['lib_path']}/weights/{folder.name}")
 
 setup(

@@ -11,7 +11,7 @@ root = Path(__file__).resolve().parents[1]
 lib, nbs, listed = root/'diffusion_sharpening', root/'nbs', root/'tests'/'structure.json'
 ROOMS = ('basics maths models rewards worlds names data methods search corrector evaluation training '
          'commands experiments widgets').split()       # in the order of reading
-WORLDS = re.compile(r'\b(shapes|checker)\b')
+WORLDS = re.compile(r'\b(shapes|checker|layouts|tidy|molecules)\b')
 WIDTH, LENGTH, HELPER = 110, 400, 5   # columns of a line, lines of a module, lines of a helper
 METHOD = 120                          # lines of a module that is a method
 

@@ -13,13 +13,13 @@ from ..data.tables import prompt_set
 from ..evaluation.measure import evaluate as measure, report
 from ..evaluation.tables import measured_table
 from ..names.catalog import load_reward
-from ..worlds.world import world_of
+from ..worlds.world import usual_reward, world_of
 
 # %% ../../nbs/13_commands/10_evaluate.ipynb #dd3c8991
 def evaluate(
     model:str=None, # Embedded (`shapes`), a folder, or a name on the Hub; None: the LoRA's, or embedded
     lora:str=None, # Folder of a run, or of any LoRA
-    reward:str='clip', # Reward to report, beside the exam of the model's world
+    reward:str=None, # Reward to report, beside the exam of the model's world; None: the model's usual one
     prompts:str=None, # World (held-out captions), FILE[:COLUMN], hf:owner/name:column; None: the model's
     n:int=None, # How many prompts; None: 240 for embedded models, 24 for others
     S:int=20, # Sampler steps
@@ -35,6 +35,7 @@ def evaluate(
     if n < 1: raise ValueError(f'n: expected at least one prompt, found {n}')
     prompts = prompts or default_prompts(model)
     texts = prompt_set(prompts, n, 'heldout', seed=1)[:n]
+    reward = reward or usual_reward(model)
     r = load_reward(reward, world and world.name, train=False)
     d = as_trained(load_model(model, guidance, lora, px=px, variant=variant, eta=eta), lora, S)
     asked = judges(r, texts, model)

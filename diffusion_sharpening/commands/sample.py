@@ -13,7 +13,7 @@ from ..basics.pictures import as_png, write_grid
 from .heldout import default_prompts
 from .load import as_trained, base_of, load_model, output_folder
 from ..data.tables import prompt_set, write_prompts
-from ..evaluation.measure import start_seeds
+from ..evaluation.measure import pictures_of, start_seeds
 
 # %% ../../nbs/13_commands/09_sample.ipynb #4aef1db1
 def write_pictures(pictures:Tensor, # `(N, 3, H, W)` in [0, 1]
@@ -56,7 +56,7 @@ def sample(
     d = load_model(model, guidance, lora, px=px, variant=variant, eta=eta)
     d.say_cut(texts)
     d = as_trained(d, lora, S)
-    write_pictures(d.sample(texts, seeds, S).cpu(), texts, out)
+    write_pictures(pictures_of(d.sample(texts, seeds, S).cpu(), texts), texts, out)
     return out
 
 # %% ../../nbs/13_commands/09_sample.ipynb #c5770f8a

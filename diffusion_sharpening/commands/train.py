@@ -33,7 +33,7 @@ from ..training.plan import Plan, plan as planned, plan_table, units_of
 from ..training.record import content, going_on, holds_back, model_content, record
 from ..training.resume import Checkpoint, Record, Resume
 from ..training.run import settings
-from ..worlds.world import model_path
+from ..worlds.world import model_path, usual_reward
 
 # %% ../../nbs/13_commands/08_train.ipynb #74e8ce63
 def check_plan(job:Job, # What is planned
@@ -57,7 +57,7 @@ def check_plan(job:Job, # What is planned
 def plan(
     method:str, # Method: see `sharpen methods`
     model:str=None, # Embedded (`shapes`), a folder, or a name on the Hugging Face Hub; None: embedded
-    reward:str='clip', # Reward: name, name@weights or name:weight,… (see `sharpen rewards`)
+    reward:str=None, # Reward: name, name@weights, name:weight,… (see `sharpen rewards`); None: the model's
     prompts:str=None, # World, file (FILE:COLUMN for tables) or hf:owner/name:column; None: the model's world
     preset:str='default', # Preset of the method
     heldout:int=None, # Prompts measured before and after; None: 240 for embedded models, 24 for others
@@ -76,7 +76,7 @@ def plan(
 )->list: # One dict per row: name, value, unit, about
     "What a training would cost, without training: with the options of `train`"
     model, (run, made) = base_of(model), settings(method, preset, **changes)
-    check_names(model, reward, variant)
+    check_names(model, reward or usual_reward(model), variant)
     n, own = heldout_number(heldout, model), own_pairs(made, images)
     held = n                                                              # of the Hub nothing is fetched
     if not any(str(o).startswith('hf:') for o in (prompts, heldout_prompts, images)):
@@ -249,7 +249,7 @@ def stopped(out:Path, # Folder of the run
 def train(
     method:str, # Method: see `sharpen methods`
     model:str=None, # Embedded (`shapes`), a folder, or a name on the Hugging Face Hub; None: embedded
-    reward:str='clip', # Reward: name, name@weights or name:weight,… (see `sharpen rewards`)
+    reward:str=None, # Reward: name, name@weights, name:weight,… (see `sharpen rewards`); None: the model's
     prompts:str=None, # World, file (FILE:COLUMN for tables) or hf:owner/name:column; None: the model's world
     out:str='runs/latest', # Folder for weights, checkpoints, log, pictures and report
     preset:str='default', # Preset of the method
@@ -271,6 +271,7 @@ def train(
                  variant=variant, vae=vae, images=images)
     if resume: return _continue(method, resume, _typed(given) | changes)
     given['model'] = base_of(model)
+    given['reward'] = reward = reward or usual_reward(given['model'])
     given['prompts'] = prompts or _default_prompts(method, preset, given['model'], images, changes)
     asked = record(method=method, changes=changes, run=uuid.uuid4().hex[:12], **given)
     if holds_back(asked['reward']):

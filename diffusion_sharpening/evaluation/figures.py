@@ -9,7 +9,8 @@ __all__ = ['columns', 'draw_pair', 'before_after', 'running_mean', 'draw_log', '
 import textwrap
 import torch
 from ..basics.pictures import LITERAL, marked, plain
-from .measure import Evaluation, check_pair, world_of_prompts
+from .measure import (
+    Evaluation, check_pair, pictures_of, world_of_prompts)
 
 # %% ../../nbs/11_evaluation/04_figures.ipynb #4a655b21
 def columns(prompts:list, # Texts
@@ -50,10 +51,11 @@ def before_after(before:Evaluation, # The control
     fig = Figure(figsize=(5.6, 1.95*rows), layout='constrained')
     axs = fig.subplots(rows, 5, squeeze=False, width_ratios=[1, 1, .1, 1, 1])
     pairs = [p for row in axs for p in (row[:2], row[3:])]
+    sides = [pictures_of(e.images, e.prompts) for e in (before, after)]
     for ax in [*axs[:, 2], *pairs[-1][:2*(len(which) % 2)]]: ax.axis('off')
     for i, pair in zip(which, pairs):
         under = [f'{k}: {e.scores[judge][i]:.2f}' for k, e in (('before', before), ('after', after))]
-        draw_pair(pair, torch.stack([before.images[i], after.images[i]]), before.prompts[i], under)
+        draw_pair(pair, torch.stack([x[i] for x in sides]), before.prompts[i], under)
     fig.savefig(path, dpi=120)
 
 # %% ../../nbs/11_evaluation/04_figures.ipynb #b1115520

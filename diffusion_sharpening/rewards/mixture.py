@@ -80,6 +80,7 @@ class Mixture(Reward):
     def score(self, images, prompts):
         "Weighted sum of the raw scores, `(B,)`"
         return torch.stack([w*r(images, prompts) for r, w in zip(self.rewards, self.weights)]).sum(0)
+    def grouped(self, things): return self.rewards[0].grouped(things)
     def identity(self):
         "The identities of the parts, their weights, and how they are combined"
         parts, how = [r.identity() for r in self.rewards], getattr(self, 'how', 'sum')
@@ -89,14 +90,16 @@ class Mixture(Reward):
 # %% ../../nbs/04_rewards/14_mixture.ipynb #eacc93f7
 def group_scores(
     reward:Reward, # One reward, a `Mixture` or a `Combined`
-    images:Tensor, # `(…, n, B, 3, H, W)`: `n` candidates of each prompt
-    prompts:list # `B` texts
+    images:Tensor, # Pictures `(…, n, B, 3, H, W)`, or other things: `n` candidates of each prompt
+    prompts:list, # `B` texts
+    axes:int=3 # Of one thing: 3 of a picture
 ) -> Tensor: # `(…, n, B)`, finite, comparable within a group
     "What a method compares: rewards of candidates, per prompt"
-    lead = images.shape[:-3]
+    lead = images.shape[:-axes]
     if len(lead) < 2 or lead[-1] != len(prompts):
-        raise ValueError(f'images: expected (…, n, {len(prompts)}, 3, H, W), found {tuple(images.shape)}')
-    flat, many = images.flatten(0, -4), list(prompts)*math.prod(lead[:-1])
+        thing = ', '.join(map(str, images.shape[-axes:])) if axes != 3 else '3, H, W'
+        raise ValueError(f'images: expected (…, n, {len(prompts)}, {thing}), found {tuple(images.shape)}')
+    flat, many = images.flatten(0, len(lead) - 1), list(prompts)*math.prod(lead[:-1])
     def one(r): return r(flat, many).view(lead).to(images.device)
     if not isinstance(reward, Mixture): return neutral(one(reward))
     R = torch.stack([one(r) for r in reward.rewards])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from ..basics.settings import Settings, check_kinds, within, words
 from ..basics.words import one_of
 from ..methods.catalog import find
-from ..models.denoiser import backend_of
+from ..models.learner import backend_of
 
 # %% ../../nbs/12_training/01_run.ipynb #97276bf9
 @dataclass
