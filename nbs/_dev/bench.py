@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """Time and memory of the inner loops:
-`python nbs/_dev/bench.py [rollout|selection|update|methods] [--model FOLDER] [--write]`
+`python nbs/_dev/bench.py [rollout|selection|update|methods|search] [--model FOLDER] [--write]`
 
 Everything is timed in turns: a round times each way once, in an order that turns, and what is reported is the
 median over rounds of the ratio within a round, with a 95 % interval of that median. A busy machine makes the
@@ -29,12 +29,13 @@ from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.rewards.protocol import Reward
+from diffusion_sharpening.search.catalog import SEARCHES
 from diffusion_sharpening.training.loop import collect, learn, prepare, State
 from diffusion_sharpening.training.processes import Team, accelerator
 from diffusion_sharpening.training.run import settings
 from diffusion_sharpening.worlds.world import model_path
 
-KINDS = ['rollout', 'selection', 'update', 'methods']
+KINDS = ['rollout', 'selection', 'update', 'methods', 'search']
 WORLD = 'shapes'
 prompts = ['a red circle', 'a blue square', 'a green star', 'a yellow triangle']
 
@@ -339,6 +340,47 @@ def print_methods(r):
         print(f"{o['method']:<20}{o['seconds']['collect']:>10.3f}{o['seconds']['learn']:>9.3f}{o['nfe']:>13}"
               f"{o['rows']:>6}{o['updates']:>9}")
 
+# Searches beside their network evaluations, decodings and reward calls alone
+
+class Tape(Reward):
+    "A model and a judge that remember what they were asked"
+    def __init__(self, model, judge): self.model, self.judge, self.calls = model, judge, []
+    def __getattr__(self, name): return getattr(self.model, name)
+    def predict(self, x, t, cond):
+        self.calls.append(bare_call(self.model, x, t, cond))
+        return self.model.predict(x, t, cond)
+    def show(self, x, **more):
+        self.calls.append(lambda: self.model.show(x, **more))
+        return self.model.show(x, **more)
+    def score(self, images, prompts):
+        self.calls.append(lambda: self.judge(images, prompts))
+        return self.judge(images, prompts)
+
+def bare_call(d, x, t, cond):
+    "One call of the network as `predict` makes it, everything else prepared"
+    flat, times = x.flatten(0, -4), t.expand(x.shape[:-3]).flatten()
+    inputs = d.family.inputs(cond.repeat(len(flat)//len(cond)))
+    return lambda: d.family.forward(d.policies, flat, times, inputs)
+
+def bench_search(folder, batch, steps, repeat):
+    "Each search with the budget of four samples, and what it asks, alone"
+    d, judge, rows = load(folder), load_reward('clip', WORLD), {}
+    texts, seeds = (prompts*batch)[:batch], torch.arange(batch)
+    for name, search in SEARCHES.items():
+        tape = Tape(d, judge)
+        res = search(tape, tape, texts, seeds, steps, 4*steps)
+        def alone():
+            with torch.no_grad(): [call() for call in tape.calls]
+        took = paired({name: lambda: search(d, judge, texts, seeds, steps, 4*steps), 'alone': alone}, repeat)
+        rows[name] = dict(nfe=res.nfe, calls=res.calls, seconds=typical(took), to_alone=ratio(took, name, 'alone'))
+    return dict(batch=batch, steps=steps, repeat=repeat, searches=rows)
+
+def print_search(r):
+    print(f"\nSearches of {r['batch']} pictures in {r['steps']} steps, {r['repeat']} paired rounds")
+    for k, o in r['searches'].items():
+        print(f"{k:<14}{o['nfe']:>7g} evaluations {o['calls']:>4} calls {o['seconds'][k]:>8.3f} s   "
+              f"{said(o['to_alone'])} × what it asks")
+
 # Report
 
 def arguments():
@@ -380,6 +422,9 @@ def main():
         if 'methods' in what:
             out['methods'] = bench_methods(folder, a.train_batch, a.n, max(3, a.repeat//5))
             print_methods(out['methods'])
-    if a.write: write('bench', out)
+    if 'search' in what:
+        out['search'] = bench_search(folder, 4, 10, a.repeat)
+        print_search(out['search'])
+    if a.write: write('bench' if what == KINDS else f"bench-{'-'.join(what)}", out)
 
 if __name__ == '__main__': main()
