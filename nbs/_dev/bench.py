@@ -363,16 +363,17 @@ def bare_call(d, x, t, cond):
     return lambda: d.family.forward(d.policies, flat, times, inputs)
 
 def bench_search(folder, batch, steps, repeat):
-    "Each search with the budget of four samples, and what it asks, alone"
+    "Each search with the budget of three samples, and what it asks, alone"
     d, judge, rows = load(folder), load_reward('clip', WORLD), {}
     texts, seeds = (prompts*batch)[:batch], torch.arange(batch)
     for name, search in SEARCHES.items():
         tape = Tape(d, judge)
-        res = search(tape, tape, texts, seeds, steps, 4*steps)
+        res = search(tape, tape, texts, seeds, steps, 3*steps)
         def alone():
             with torch.no_grad(): [call() for call in tape.calls]
-        took = paired({name: lambda: search(d, judge, texts, seeds, steps, 4*steps), 'alone': alone}, repeat)
-        rows[name] = dict(nfe=res.nfe, calls=res.calls, seconds=typical(took), to_alone=ratio(took, name, 'alone'))
+        took = paired({name: lambda: search(d, judge, texts, seeds, steps, 3*steps), 'alone': alone}, repeat)
+        rows[name] = dict(nfe=res.nfe, calls=res.calls, seconds=typical(took),
+                          to_alone=ratio(took, name, 'alone'))
     return dict(batch=batch, steps=steps, repeat=repeat, searches=rows)
 
 def print_search(r):
@@ -394,7 +395,7 @@ def arguments():
     p.add_argument('-n', type=int, default=4, help="candidates per prompt of an update")
     p.add_argument('-m', type=int, default=3, help="steps per path of an update")
     p.add_argument('--repeat', type=int, default=15, help="paired rounds; an interval takes at least six")
-    p.add_argument('--write', action='store_true', help="write data/results/bench.json")
+    p.add_argument('--write', action='store_true', help="write data/results/bench.json, or bench-KIND.json")
     p.add_argument('--child', help=argparse.SUPPRESS)
     a = p.parse_args()
     for o in a.what:
