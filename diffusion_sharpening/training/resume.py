@@ -28,12 +28,12 @@ def identity(s, # `State` of the loop
     return {**about, 'method': type(s.method).__name__, **run, **mine}
 
 # %% ../../nbs/12_training/09_resume.ipynb #9e15a648
-def _defaults(s): # Settings that came after a checkpoint was written count as what they are by default
+def _defaults(s): # Settings that came after a checkpoint was written are as by default, options as they are now
     parts = (('run', s.run), ('method', s.method))
     return {f'{part}.{f.name}': f.default for part, o in parts for f in fields(o) if f.name not in FREE}
 
 def _same_run(s, record, about):
-    was, now = {**_defaults(s), **record['identity']}, identity(s, about)
+    was, now = {**about, **_defaults(s), **record['identity']}, identity(s, about)
     for k in sorted(was.keys() | now.keys()):
         if was.get(k) != now.get(k):
             found = f'{k} was {was.get(k)!r} when this run was saved and is {now.get(k)!r} now'
