@@ -35,6 +35,8 @@ from ..training.run import settings
 from ..worlds.world import model_path
 
 # %% ../../nbs/13_commands/08_train.ipynb #74e8ce63
+def _without(changes, more): return {k: v for k, v in changes.items() if k.rpartition('.')[2] not in more}
+
 def check_plan(job:Job, # What is planned
                method:str, preset:str, changes:dict, vae:str=None # As for `train`
               )->dict: # Name → value of the plan, which was printed; ValueError if it does not fit
@@ -42,9 +44,8 @@ def check_plan(job:Job, # What is planned
     d, world = job.model, int(os.environ.get('WORLD_SIZE', 1))
     dev = device_here(d.device)
     def rows(**more):
-        kept = {k: v for k, v in changes.items() if k.rpartition('.')[2] not in more}
         return planned(d.source, method, preset, dev, d.size[1], d.guidance, vae, world,
-                       heldout=len(job.held), S_eval=job.S_eval, **kept | more)
+                       heldout=len(job.held), S_eval=job.S_eval, **_without(changes, more) | more)
     found = rows()
     if first_process(): print(plan_table(found))
     got = {o['name']: o['value'] for o in found}
@@ -84,8 +85,13 @@ def plan(
         prompts = prompts or (None if own else default_prompts(model))
         held = len(prompts_of(prompts, heldout_prompts, n, run.seed, pairs, images)[1])
     dev = device_of(device) if device else device_here()
-    return planned(model_path(model), method, preset, dev, px, guidance, vae, world, batch_seconds, share,
-                   held, S_eval, **changes)
+    def rows(**more):
+        return planned(model_path(model), method, preset, dev, px, guidance, vae, world, batch_seconds, share,
+                       held, S_eval, **_without(changes, more) | more)
+    found = rows()
+    fits = next(r for r in found if r['name'] == 'fits')
+    if not fits['value']: fits['about'] += f'; {advice(rows, run, made, world)}'
+    return found
 
 # %% ../../nbs/13_commands/08_train.ipynb #93e57773
 def check_names(model:str, reward:str, variant:str # As for `train`
