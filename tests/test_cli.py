@@ -503,7 +503,8 @@ def test_guidance_of_a_method_and_of_a_model(xl, tmp_path, monkeypatch, capsys):
     for line in (['train', 'rlhf', '--help'], ['methods']):
         assert cli.run(line) == 0
         assert 'of its rollouts alone (--set guidance=3)' in capsys.readouterr().out
-    assert call(monkeypatch, 'train', 'standard', *args[:-2], '--out', tmp_path/'x', '--set', 'guidance=3') == 2
+    alone = ['--out', tmp_path/'x', '--set', 'guidance=3']
+    assert call(monkeypatch, 'train', 'standard', *args[:-2], *alone) == 2
     one_line(capsys.readouterr().err, "setting 'guidance': expected one of the method or the run; give it as")
 
 
@@ -671,6 +672,18 @@ def test_ascii_terminal():
     for argv, rc in (['--help'], 0), (['rewards'], 0), (['tráin'], 2):
         res = subprocess.run([sys.executable, '-c', code, *argv], capture_output=True, text=True, env=env)
         assert res.returncode == rc and 'Traceback' not in res.stderr, res.stderr
+
+
+@pytest.mark.slow
+def test_names_under_an_ascii_locale(xl, tmp_path):
+    "A training whose prompts and folder have names that the locale cannot spell"
+    (tmp_path/'préambule.txt').write_text('ein grüner Stern\n日本の車\na 🐈\n', encoding='utf-8')
+    env = dict(os.environ, PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', LC_ALL='C', OMP_NUM_THREADS='1')
+    argv = ['train', 'rlhf', '--model', xl, '--reward', 'clip@shapes', '--prompts', 'préambule.txt']
+    argv += ['--heldout', '1', '--S-eval', '1', '--steps', '1', '--out', 'ü', '--set', *small]
+    res = subprocess.run([sys.executable, '-m', 'diffusion_sharpening', *argv], capture_output=True,
+                         text=True, env=env, cwd=tmp_path)
+    assert res.returncode == 0 and (tmp_path/'ü/before_after.png').exists(), res.stderr
 
 
 long = 'x'*300

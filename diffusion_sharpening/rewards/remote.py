@@ -249,7 +249,8 @@ def server_of(which:str # `http://host:port/score`, with settings after a `#`
     if at.username or at.password:
         raise ValueError('remote: expected no password in the URL; set SHARPEN_REWARD_KEY instead')
     if at.scheme not in ('http', 'https') or not at.hostname:
-        raise ValueError(f'remote: expected a URL as in remote@http://host:port/score, found {keyless(str(which))!r}')
+        raise ValueError('remote: expected a URL as in remote@http://host:port/score, '
+                         f'found {keyless(str(which))!r}')
     return url, read_settings(text, Asking, 'remote')
 
 # %% ../../nbs/04_rewards/16_remote.ipynb #b702839d

@@ -37,8 +37,8 @@ def main():
     tried, held = (sum(g[k] for g in found.values()) for k in ('tried', 'held'))
     line = f'tried {tried}, held {held}' + f'; of the slow ones one in {a.every}'*(a.every > 1)
     print(line)
-    if not a.dry: write('attack', dict(tried=tried, held=held, every=a.every, summary=line, seconds=round(time.time()-t0),
-                                       groups=found))
+    if not a.dry: write('attack', dict(tried=tried, held=held, every=a.every, summary=line,
+                                       seconds=round(time.time()-t0), groups=found))
     sys.exit(tried != held)
 
 if __name__ == '__main__': main()

@@ -76,7 +76,7 @@ class Child:
             while part := f.read(1 << 16): self.said[fd] += part
 
     def end(self, wait=60.):
-        "Wait for it, at most `wait` seconds in which it worked or slept: not those in which others had the CPU"
+        "Wait for it, at most `wait` seconds in which it worked or slept, not those in which others had the CPU"
         code, spent, at, done = None, 0., self.began, 0.
         while code is None and spent < wait:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
@@ -136,7 +136,7 @@ class Kit:
     def __init__(self, folder):
         self.folder, self.count = Path(folder), 0
         tiny_sdxl(self.folder/'xl', words=' '.join(TEXTS).split(), sample_size=8)
-        for rank in (2, 32): plan.units_of(str(self.folder/'xl'), 64, Run(rank=rank))   # and not in each child
+        for rank in (2, 32): plan.units_of(str(self.folder/'xl'), 64, Run(rank=rank))    # not in each child
         (self.folder/'mine.py').write_text(REWARD)
         (self.folder/'prompts.txt').write_text('\n'.join(TEXTS) + '\n')
         self.reward = f'{self.folder}/mine.py:bright'
