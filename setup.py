@@ -16,7 +16,7 @@ class Build(build_py):
     def run(self):
         super().run()
         if self.editable_mode: return
-        for folder in sorted((here/'data').glob('shapes-*')):
+        for folder in sorted((here/'data').glob('*-*')):
             self.copy_tree(str(folder), f"{self.build_lib}/{cfg['lib_path']}/weights/{folder.name}")
 
 setup(
@@ -30,7 +30,7 @@ setup(
     python_requires='>='+cfg['min_python'],
     packages=find_packages(include=[f"{cfg['lib_path']}*"]), zip_safe=False, cmdclass=dict(build_py=Build),
     install_requires=cfg['requirements'].split(),
-    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'mllm', 'data')},
+    extras_require={k: cfg[f'{k}_requirements'].split() for k in ('dev', 'mllm', 'data', 'features', 'molecules')},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
 )

@@ -24,6 +24,13 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [i for i in items if 'slow' not in i.keywords]
 
 
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "A folder with a tiny SDXL pipeline, prompts and a reward"
+    from shared import fill
+    return fill(tmp_path_factory.mktemp('made'))
+
+
 def seeded(name): torch.manual_seed(crc32(name.encode()))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 
+import diffusion_sharpening
 from diffusion_sharpening.basics.devices import Device
 from diffusion_sharpening.commands import cli, job, report as reports, train as command
 from diffusion_sharpening.evaluation.measure import report
@@ -376,6 +377,8 @@ def test_each_command(trained, tmp_path, monkeypatch, capsys):
              ('plan', 'rlhf', '--json'),
              ('score', '--images', pics, '--prompts', pics/'prompts.jsonl', '--reward', 'clip@shapes',
               '--out', tmp_path/'s'),
+             ('search', 'fk', '--lora', run, '--out', tmp_path/'f', '--n', 1, '--S', 2, '--budget', 4,
+              '--reward', 'clip@shapes'),
              ('methods',), ('rewards',), ('evaluate', '--lora', run, '--reward', 'clip@shapes', '--n', 2,
                                           '--S', 1)]
     for argv in lines:
@@ -774,3 +777,9 @@ def test_one_held_out_prompt_has_no_interval(xl, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert 'None' not in out and f'are in {tmp_path}/out' in out
     assert call(monkeypatch, 'push', tmp_path/'out', 'me/one', '--dry-run') == 0
+
+
+def test_version(capsys):
+    "As people type it when they report a fault"
+    assert cli.run(['--version']) == 0
+    assert capsys.readouterr().out == f'sharpen {diffusion_sharpening.__version__}\n'

@@ -354,17 +354,11 @@ def test_folders_of_the_hub(hub):
 
 diffusers = pytest.importorskip('diffusers')
 from diffusion_sharpening.models.denoiser import Denoiser
-from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
 from diffusion_sharpening.training.run import settings
 from diffusion_sharpening.data.sources import StoredPictures
 from diffusion_sharpening.training.loop import train
-
-
-class Bright(Reward):
-    "Mean brightness"
-    name = 'bright'
-    def score(self, images, prompts): return 100*images.mean((1, 2, 3))
+from shared import Bright
 
 
 @pytest.fixture(scope='module')

@@ -4,18 +4,18 @@ from safetensors.torch import load_file
 
 pytest.importorskip('diffusers')
 from diffusion_sharpening.commands.sample import sample
-from diffusion_sharpening.commands.train import resume, train
+from diffusion_sharpening.commands.train import resume
 from diffusion_sharpening.evaluation.measure import start_seeds
 from diffusion_sharpening.methods.graft import GRAFT
-from diffusion_sharpening.methods.p_graft import hand_over
+from diffusion_sharpening.models.hand_over import hand_over
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.lora import lora_file
-from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.training.plan import evaluations
 from diffusion_sharpening.training.run import settings
+import shared
+from shared import PROMPTS
 
 torch.set_num_threads(1)
-PROMPTS = ['a red circle', 'a blue square', 'a green star', 'a plain heart']
 FORWARD = 'nft', 'awm', 'rvm', 'ram', 'crd', 'elbo_pg'
 ACCEPTING = 'graft', 'p_graft', 'gors', 'rwr'
 QUICK = 'nft', 'p_graft'                           # an old copy and a count; a state on the way
@@ -23,21 +23,9 @@ each = pytest.mark.parametrize('name', [n if n in QUICK else pytest.param(n, mar
                                         for n in (*FORWARD, *ACCEPTING)])
 
 
-@pytest.fixture(scope='module')
-def made(tmp_path_factory):
-    "A tiny SDXL pipeline, prompts and a reward in [0, 1]"
-    d = tmp_path_factory.mktemp('made')
-    tiny_sdxl(d/'xl', words=PROMPTS)
-    (d/'prompts.txt').write_text('\n'.join(PROMPTS))
-    (d/'mine.py').write_text('def bright(images, prompts): return images.mean((1, 2, 3))\n')
-    return d
-
-
 def go(made, name, out, steps, **more):
-    asked = dict(model=str(made/'xl'), reward=f'{made}/mine.py:bright', heldout=0,
-                 prompts=str(made/'prompts.txt'))
-    small = dict(batch=2, n=3, S=4, noises=2, rank=2, guidance=1., checkpoint_every=1, lr=1e-2)
-    return train(name, out=str(out), steps=steps, **{**asked, **small, **more})
+    small = dict(n=3, S=4, noises=2, guidance=1., lr=1e-2)
+    return shared.go(made, name, out, steps, **small | more)
 
 
 def weights(d): return {k: v.numpy().tobytes() for k, v in load_file(d/lora_file).items()}

@@ -8,13 +8,12 @@ pytest.importorskip('diffusers')
 from diffusion_sharpening.commands.interchange import export, push
 from diffusion_sharpening.commands.train import resume, train
 from diffusion_sharpening.models.lora import lora_file
-from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.training.checkpoints import checkpoints
 from diffusion_sharpening.training.folder import describe, read_report, read_run
+import shared
+from shared import CODE
 
 torch.set_num_threads(1)
-PROMPTS = ['a red circle', 'a blue square', 'a green star', 'a plain heart']
-CODE = 'def bright(images, prompts): return images.mean((1, 2, 3))\n'
 LATER = '''import os
 from pathlib import Path
 def bright(images, prompts):
@@ -27,19 +26,8 @@ def bright(images, prompts):
 small = dict(heldout=0, batch=2, n=2, S=3, rank=2, checkpoint_every=1)
 
 
-@pytest.fixture(scope='module')
-def made(tmp_path_factory):
-    "A tiny SDXL pipeline, prompts and a reward"
-    d = tmp_path_factory.mktemp('made')
-    tiny_sdxl(d/'xl', words=PROMPTS)
-    (d/'prompts.txt').write_text('\n'.join(PROMPTS))
-    (d/'mine.py').write_text(CODE)
-    return d
-
-
 def go(made, out, steps=2, code='mine.py', **more):
-    asked = dict(model=str(made/'xl'), reward=f'{made/code}:bright', prompts=str(made/'prompts.txt'))
-    return train('rlhf', out=str(out), steps=steps, **{**asked, **small, **more})
+    return shared.go(made, 'rlhf', out, steps, code, **dict(n=2) | more)
 
 
 def lora(d):
@@ -218,6 +206,19 @@ def test_from_another_folder(made, tmp_path, monkeypatch):
     train('rlhf', 'xl', 'mine.py:bright', 'prompts.txt', str(tmp_path/'a'), steps=1, **small)
     monkeypatch.chdir(tmp_path)
     assert resume('rlhf', 'a', steps=2)['batches'] == 2
+
+
+def test_validation_goes_on(made, tmp_path):
+    "Scores of held-out prompts on the way: of the weights that are kept, and the same after a resume"
+    more = dict(heldout=2, S_eval=2, validate_every=2)
+    rep = go(made, tmp_path/'a', 4, **more)
+    go(made, tmp_path/'b', 3, **more)
+    resume('rlhf', tmp_path/'b', steps=4)
+    seen = [[{k: v for k, v in json.loads(l).items() if k.startswith('validation/')}
+             for l in (tmp_path/d/'metrics.jsonl').read_text().splitlines()] for d in 'ab']
+    assert seen[0] == seen[1] and [len(row) for row in seen[0]] == [0, 1, 0, 1]
+    kept = rep['after']['judges']['mine:bright']['overall']['mean']
+    assert seen[0][3]['validation/mine:bright'] == pytest.approx(kept, abs=1e-5)
 
 
 # What is published

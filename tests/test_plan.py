@@ -13,7 +13,6 @@ from diffusion_sharpening.methods.catalog import METHODS, find, presets as prese
 from diffusion_sharpening.methods.protocol import noise_columns
 from diffusion_sharpening.maths.rollout import Meter
 from diffusion_sharpening.models.denoiser import Denoiser
-from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
 from diffusion_sharpening.models.counting import KNOWN, anatomy, unet_cost, vae_cost
 from diffusion_sharpening.worlds.world import model_path
@@ -23,6 +22,7 @@ from diffusion_sharpening.basics.devices import DEVICES, device_here, device_of,
 from diffusion_sharpening.training.advice import advice, fitting
 from diffusion_sharpening.training.plan import (
     ROWS, Plan, evaluations, measured, plan, plan_rows, plan_table, units_of)
+from shared import Bright
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
@@ -30,11 +30,6 @@ diffusers.utils.logging.disable_progress_bar()
 PROMPTS = ['a red circle', 'a blue square']
 small = dict(batch=2, rank=2, n=2, S=4, ema=0.)
 names = [(k, p) for k in ('sft', 'rlhf', *METHODS) for p in presets_of(k)]
-
-
-class Bright(Reward):
-    name, differentiable = 'bright', True
-    def score(self, images, prompts): return 100*images.mean((1, 2, 3))
 
 
 @pytest.fixture(scope='module')

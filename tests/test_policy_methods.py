@@ -15,19 +15,19 @@ from diffusion_sharpening.maths.samplers import flow_sde_coefs, log_prob, move, 
 from diffusion_sharpening.maths.schedules import VP, Flow
 from diffusion_sharpening.methods.catalog import METHODS, find
 from diffusion_sharpening.methods.ddpo import DDPO, DDPOScore
-from diffusion_sharpening.methods.policy_gradient import trained_steps
+from diffusion_sharpening.methods.steps import trained_steps
 from diffusion_sharpening.methods.protocol import check_method, noise_columns
 from diffusion_sharpening.methods.reward_gradient import ReFL
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.lora import lora_file
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
 from diffusion_sharpening.models.toy import Gaussian
-from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.training.loop import prepare, train
 from diffusion_sharpening.commands.lists import asks
 from diffusion_sharpening.training.plan import evaluations
 from diffusion_sharpening.training.resume import Checkpoint, Resume
 from diffusion_sharpening.training.run import Run, settings
+from shared import Bright
 
 torch.set_num_threads(1)
 quiet()
@@ -35,12 +35,6 @@ PROMPTS = ['a red circle', 'a blue square', 'a green star']
 OURS = [('ddpo', 'default'), ('ddpo', 'score'), ('flow_grpo', 'default'), ('flow_grpo', 'cps'),
         ('flow_grpo', 'precise'), ('diffusion_dpo', 'default'), ('d3po', 'default'), ('d3po', 'human'),
         ('spo', 'default'), ('refl', 'default'), ('draft', 'default'), ('draft', 'alignprop')]
-
-
-class Bright(Reward):
-    "Mean brightness, with a gradient"
-    name, differentiable = 'bright', True
-    def score(self, images, prompts): return 100*images.mean((1, 2, 3))
 
 
 @pytest.fixture(scope='module')
@@ -119,8 +113,37 @@ def test_first_gradient_is_that_of_the_policy():
         losses, log = m.loss(model, None, lesson, 0)
         assert log['ratio'].sub(1).abs().max() < 1e-4
         grads.append(torch.autograd.grad(losses.mean(), model.trainable())[0].item())
-        if made is DDPO: assert losses.mean().item() == pytest.approx(-lesson['A'].mean().item(), abs=1e-4)
+        if made is DDPO:
+            assert losses.mean().item() == pytest.approx(-m.advantages(lesson).mean().item(), abs=1e-4)
     assert grads[0] == pytest.approx(grads[1], rel=1e-3)
+
+
+def half(batch, i):
+    "What one of two processes gets of a batch of two prompts"
+    own = slice(i, i + 1)
+    return Batch(batch.prompts[own], batch.cond[own], batch.seeds[own], {})
+
+
+@pytest.mark.parametrize('name', ['contrast', 'nft', 'flow_grpo', 'ddpo'])
+def test_rewards_are_compared_with_the_whole_batch(name):
+    "Two processes with a prompt each, whose rewards are far apart, have the losses of one with both"
+    class Uneven(Bright):
+        def score(self, images, prompts):
+            return images.mean((1, 2, 3))*torch.tensor([9.**len(p) for p in prompts])
+    model, texts = Gaussian(.3, item=(3, 1, 1)), ['a', 'ab']
+    method = find(name)(n=3, S=4)
+    method.start(model)
+    batch = Batch(texts, model.encode(texts), fold(1, torch.arange(2)), {})
+    collect = lambda b: method.collect(model, Uneven(), b)
+    with torch.no_grad(): whole, *parts = [collect(b) for b in (batch, half(batch, 0), half(batch, 1))]
+    model.trainable()[0].data.add_(.2)                            # at first Contrast's losses ignore rewards
+    want = method.loss(model, None, whole, 0)[0].view(-1, 2)
+    apart = [method.loss(model, None, p, 0)[0] for p in parts]
+    means = {k: (parts[0].means[k] + parts[1].means[k])/2 for k in whole.means}
+    for p in parts: p.means = means
+    got = torch.stack([method.loss(model, None, p, 0)[0] for p in parts], 1)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    assert means and not torch.allclose(torch.stack(apart, 1), want, rtol=.01)
 
 
 @pytest.mark.parametrize('final', [None, 1.])

@@ -11,8 +11,9 @@ root = Path(__file__).resolve().parents[1]
 lib, nbs, listed = root/'diffusion_sharpening', root/'nbs', root/'tests'/'structure.json'
 ROOMS = ('basics maths models rewards worlds names data methods search corrector evaluation training '
          'commands experiments widgets').split()       # in the order of reading
-WORLDS = re.compile(r'\b(shapes|checker)\b')
+WORLDS = re.compile(r'\b(shapes|checker|layouts|tidy|molecules)\b')
 WIDTH, LENGTH, HELPER = 110, 400, 5   # columns of a line, lines of a module, lines of a helper
+METHOD = 120                          # lines of a module that is a method
 
 def modules():
     "Path → dotted name without the package's, of every module with code of its own"
@@ -82,9 +83,11 @@ def worlds_named():
             if WORLDS.search(s)]
 
 def long_modules():
-    "Modules of more than 400 lines"
-    sizes = {p: len(p.read_text(encoding='utf-8').splitlines()) for p in modules()}
-    return [(place(p), f'{n} lines') for p, n in sizes.items() if n > LENGTH]
+    "Modules of more than 400 lines, and methods of more than 120"
+    found = {p: (len(p.read_text(encoding='utf-8').splitlines()), m) for p, m in modules().items()}
+    apart = 'methods.parts', 'methods.protocol'
+    most = lambda m: METHOD if m.startswith('methods.') and m not in apart else LENGTH
+    return [(place(p), f'{n} lines') for p, (n, m) in found.items() if n > most(m)]
 
 def notebooks():
     paths = sorted(nbs.rglob('*.ipynb'))

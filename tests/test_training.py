@@ -12,7 +12,7 @@ from diffusion_sharpening.data.sources import Batch, Columns
 from diffusion_sharpening.maths.choice import argmax, pair, pick, standardise
 from diffusion_sharpening.maths.losses import log_ratio, preference
 from diffusion_sharpening.maths.rollout import branch, rollout
-from diffusion_sharpening.methods.catalog import METHODS, find
+from diffusion_sharpening.methods.catalog import METHODS, find, presets
 from diffusion_sharpening.methods.forward import Forward
 from diffusion_sharpening.methods.parts import (
     along_path, begun, candidate_seeds, from_noises, held_noise, path_error)
@@ -24,17 +24,12 @@ from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.training.loop import Callback, prepare, train
 from diffusion_sharpening.training.run import Run, settings
+from shared import Bright
 
 torch.set_num_threads(1)
 quiet()
 PROMPTS = ['a red circle', 'a blue square', 'a green star']
 tiny = dict(steps=2, batch=2, rank=2, n=2, S=3)
-
-
-class Bright(Reward):
-    "Mean brightness: cheap, and never tied"
-    name, differentiable = 'bright', True
-    def score(self, images, prompts): return 100*images.mean((1, 2, 3))
 
 
 @pytest.fixture(scope='module')
@@ -272,9 +267,14 @@ SHARED = {f for f in RAM.__dataclass_fields__ if f in Forward.__dataclass_fields
 def fields_of(name, made):
     "Settings of a method; those that the forward-process family shares are tested on one of it"
     twice = SHARED if issubclass(made, Forward) and made is not RAM else ()
-    return [(name, f) for f in made.__dataclass_fields__ if f not in twice]
+    return [(name, 'default', f) for f in made.__dataclass_fields__ if f not in twice]
 
-FIELDS = [o for name, made in METHODS.items() for o in fields_of(name, made)]
+def more_fields(name, made):
+    "Settings that a preset has and the method itself has not"
+    each = {p: type(find(name, p)()).__dataclass_fields__ for p in presets(name)}
+    return [(name, p, f) for p, fields in each.items() for f in fields if f not in made.__dataclass_fields__]
+
+FIELDS = [o for name, made in METHODS.items() for o in fields_of(name, made) + more_fields(name, made)]
 
 
 class Fickle(Reward):
@@ -300,18 +300,26 @@ def trace(d, method):
     return out
 
 
-@pytest.mark.parametrize('name, field', FIELDS)
-def test_every_field_of_a_method_changes_something(xl, name, field):
-    fields = METHODS[name].__dataclass_fields__
+def test_fields_are_those_of_the_whole_catalogue():
+    "A method that comes into the catalogue is looked at without anybody thinking of it"
+    left = METHODS.keys() - {name for name, _, _ in FIELDS}
+    assert all(METHODS[name].__dataclass_fields__.keys() == SHARED for name in left)
+    assert {f for _, p, f in FIELDS if p != 'default'} == {'threshold', 'tau', 'alpha'}
+
+
+@pytest.mark.parametrize('name, preset, field', FIELDS)
+def test_every_field_of_a_method_changes_something(xl, name, preset, field):
+    fields = type(find(name, preset)()).__dataclass_fields__
     base = {k: v for k, v in (LITTLE | BESIDE.get(field, {})).items() if k in fields}
     if field == 'through': base['m'] = 3
     def run(**changes):
         d = load(xl)
-        run, method = settings(name, rank=2, **{**base, **changes})
+        run, method = settings(name, preset, rank=2, **{**base, **changes})
         prepare(d, run, method)
         with torch.no_grad(): [p.add_(.02) for p in d.trainable()]
         return trace(d, method)
     other = not METHODS[name]().group if field == 'group' else OTHER[field]
+    if other == fields[field].default: other /= 10
     assert run() != run(**{field: other})
 
 

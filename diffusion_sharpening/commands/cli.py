@@ -33,6 +33,7 @@ COMMANDS = {
     'demo': Command('commands.demo:demo'),
     'train': Command('commands.train:train', 'commands.report:said', 'commands.train:resume', settings=True),
     'sample': Command('commands.sample:sample', 'commands.sample:said'),
+    'search': Command('commands.search:search', 'commands.search:said', json=True),
     'evaluate': Command('commands.evaluate:evaluate', 'commands.evaluate:said', json=True),
     'score': Command('commands.score:score', 'commands.evaluate:score_said', json=True),
     'serve-reward': Command('commands.serve_reward:serve_reward'),
@@ -51,6 +52,9 @@ EXAMPLES = {
               'sharpen train rlhf --resume runs/first --steps 200',
               'sharpen train rlhf --config settings.json --set n=6 batch=4 --out runs/c'],
     'sample': ['sharpen sample --n 8 --out before', 'sharpen sample --lora runs/first --n 8 --out after'],
+    'search': ['sharpen search best_of_n --n 8 --budget 160 --out best',
+               'sharpen search demon --model MODEL --prompts prompts.txt --reward mine.py:redness '
+               '--settings J=2 --budget 400 --out mixed'],
     'evaluate': ['sharpen evaluate --reward clip', 'sharpen evaluate --lora runs/first --json'],
     'score': ['sharpen score --images after --prompts after/prompts.jsonl --reward clip',
               'sharpen score --images pictures --prompts prompts.txt --reward mine.py:redness --out red'],
@@ -224,6 +228,9 @@ def run(argv:list # Arguments without the program's name
     "Run one command"
     if not argv or argv[0] in ('-h', '--help'):
         print(usage())
+        return 0
+    if argv[0] == '--version':
+        print(f'sharpen {diffusion_sharpening.__version__}')
         return 0
     name = one_of(argv[0], COMMANDS, 'command')
     if {'-h', '--help'} & {*argv}:

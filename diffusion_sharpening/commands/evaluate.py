@@ -14,13 +14,13 @@ from ..evaluation.measure import evaluate as measure, report
 from ..evaluation.tables import measured_table
 from ..names.catalog import load_reward
 from ..training.advice import pictures_at_once
-from ..worlds.world import world_of
+from ..worlds.world import usual_reward, world_of
 
 # %% ../../nbs/13_commands/10_evaluate.ipynb #dd3c8991
 def evaluate(
     model:str=None, # Embedded (`shapes`), a folder, or a name on the Hub; None: the LoRA's, or embedded
     lora:str=None, # Folder of a run, or of any LoRA
-    reward:str='clip', # Reward to report, beside the exam of the model's world
+    reward:str=None, # Reward to report, beside the exam of the model's world; None: the model's usual one
     prompts:str=None, # World (held-out captions), FILE[:COLUMN], hf:owner/name:column; None: the model's
     n:int=None, # How many prompts; None: 240 for embedded models, 24 for others
     S:int=20, # Sampler steps
@@ -36,6 +36,7 @@ def evaluate(
     check_sampler(guidance, eta, S, n=n)
     prompts = prompts or default_prompts(model)
     texts = prompt_set(prompts, n, 'heldout', seed=1)[:n]
+    reward = reward or usual_reward(model)
     r = load_reward(reward, world and world.name, train=False)
     d = load_model(model, guidance, lora, px=px, variant=variant, eta=eta)
     chunk, d = pictures_at_once(d), as_trained(d, lora, S)

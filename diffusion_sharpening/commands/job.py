@@ -112,6 +112,8 @@ def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:st
     check_sampler(guidance, S_eval=S_eval)
     run, made = settings(method, preset, **changes)
     world, n, own = world_of(model), heldout_number(heldout, model), own_pairs(made, images)
+    if run.validate_every and not n:
+        raise ValueError('validate_every: expected held-out prompts to score, found none')
     if made.columns and not images and not world:
         what = 'image-caption pairs' if made.needs_images else 'a table of preferences'
         raise ValueError(f'images: {method} ({preset}) learns from {what}; name them with --images')

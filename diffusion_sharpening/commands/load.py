@@ -7,6 +7,7 @@ __all__ = ['quiet', 'named', 'full_name', 'check_sampler', 'load_model', 'base_o
 
 # %% ../../nbs/13_commands/03_load.ipynb #43b44961
 import os, torch
+from functools import partial
 from pathlib import Path
 from ..basics.files import read_json
 from ..models.denoiser import Denoiser
@@ -38,6 +39,17 @@ def full_name(model:str # As it was typed
     hub = {short: name for name, short in reversed(ALIASES.items())}
     return model if Path(model).exists() else hub.get(model, model)
 
+# %% ../../nbs/13_commands/03_load.ipynb #3a873a24
+def _pipeline(path, guidance, eta, dtype, px, vae, variant): # A diffusers pipeline
+    model = Denoiser.from_pretrained(path, guidance, dtype, size=px, vae=vae, variant=variant, eta=eta)
+    if model.device.type == 'cpu': model.autoencoder.to(memory_format=torch.channels_last)
+    return model
+
+def _own(world, path, guidance, eta, dtype, **pictures): # A model that its world loads
+    odd = {k: v for k, v in pictures.items() if v is not None}
+    for k, v in odd.items(): raise ValueError(f'{k}: models of {world.name} make no pictures; found {v}')
+    return world.load(path, guidance, eta).cast(dtype)
+
 # %% ../../nbs/13_commands/03_load.ipynb #7781db42
 def check_sampler(guidance:float=None, eta:float=None, S:int=1, # As they were asked for; None: nothing said
                   **counts # Other whole numbers: of pictures, of prompts
@@ -50,7 +62,7 @@ def check_sampler(guidance:float=None, eta:float=None, S:int=1, # As they were a
         top = 1000 if k in ('S', 'S_eval') else 10**6
         if not 1 <= v <= top: raise ValueError(f'{k}: expected 1 to {top:,}, found {v:,}')
 
-def load_model(name:str, # `shapes`, a folder, or a name on the Hugging Face Hub
+def load_model(name:str, # Embedded (`shapes`, …), a folder, or a name on the Hugging Face Hub
                guidance:float=None, # Classifier-free guidance; None: none for embedded models, 5 for others
                lora:str=None, # Folder of a LoRA to put on it
                dtype:str='float32', # Precision it is loaded in
@@ -58,16 +70,15 @@ def load_model(name:str, # `shapes`, a folder, or a name on the Hugging Face Hub
                variant:str=None, # Variant of its files, e.g. fp16
                vae:str=None, # Folder or name of a cheaper autoencoder for scoring
                eta:float=None # Fresh noise of each step; None: the world's best measured, 0 for others
-              )->Denoiser:
+              ): # `Denoiser`, or another model of its world
     "Load a model by name"
     check_sampler(guidance, eta)
     quiet()
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     world, path = world_of(name), model_path(full_name(name))
     if eta is None: eta = world.eta if world else 0.
-    more = dict(size=px, vae=vae, variant=variant, eta=eta)
-    model = Denoiser.from_pretrained(path, guidance or usual_guidance(name), dtype, **more)
-    if model.device.type == 'cpu': model.autoencoder.to(memory_format=torch.channels_last)
+    load = partial(_own, world) if world and world.load else _pipeline
+    model = load(path, guidance or usual_guidance(name), eta, dtype, px=px, vae=vae, variant=variant)
     if lora is not None: model.load_lora(named(lora, 'lora'), trainable=False)
     return model
 

@@ -16,7 +16,8 @@ from ..evaluation.tables import change_table
 def watched(history:list # Rows of the log
            )->dict: # Statistic → `first` and `last`; empty for a run too short to be looked at
     "Where the statistics of the training pictures began and ended"
-    rows = [{k: v for k, v in r.items() if k.startswith(('image/', 'held-out/'))} for r in history]
+    kinds = 'image/', 'held-out/', 'validation/'
+    rows = [{k: v for k, v in r.items() if k.startswith(kinds)} for r in history]
     rows = [r for r in rows if r]
     return {k: dict(first=rows[0].get(k), last=v) for k, v in rows[-1].items()} if rows else {}
 

@@ -13,7 +13,7 @@ from ..basics.pictures import as_png, write_grid
 from .heldout import default_prompts
 from .load import as_trained, base_of, check_sampler, load_model, output_folder
 from ..data.tables import prompt_set, write_prompts
-from ..evaluation.measure import start_seeds
+from ..evaluation.measure import pictures_of, start_seeds
 from ..training.advice import pictures_at_once
 
 # %% ../../nbs/13_commands/09_sample.ipynb #4aef1db1
@@ -56,7 +56,8 @@ def sample(
     d = load_model(model, guidance, lora, px=px, variant=variant, eta=eta)
     d.say_cut(texts)
     chunk, d = pictures_at_once(d), as_trained(d, lora, S)
-    write_pictures(d.sample(texts, seeds, S, chunk=chunk).cpu(), texts, out)
+    made = d.sample(texts, seeds, S, chunk=chunk).cpu()
+    write_pictures(pictures_of(made, texts), texts, out)
     return out
 
 # %% ../../nbs/13_commands/09_sample.ipynb #c5770f8a

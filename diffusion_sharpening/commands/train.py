@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEFORE', 'SAME', 'OPTIONS', 'check_plan', 'plan', 'check_names', 'depends_on', 'Keep', 'measured_before', 'callbacks',
-           'save_weights', 'write_results', 'report_of', 'fine_tune', 'stopped', 'train', 'all_settings', 'resume']
+           'validation', 'save_weights', 'write_results', 'report_of', 'fine_tune', 'stopped', 'train', 'all_settings',
+           'resume']
 
 # %% ../../nbs/13_commands/08_train.ipynb #f7d5ad28
 import diffusion_sharpening, inspect, os, time, uuid
@@ -25,14 +26,14 @@ from ..models.lora import lora_file
 from ..names.catalog import entry, packages
 from ..names.grammar import parse_spec
 from ..training.advice import advice
-from ..training.callbacks import Alarms, Log, Progress, Timer, Tracker, WinRate
+from ..training.callbacks import Alarms, Log, Progress, Timer, Tracker, Validate, WinRate
 from ..training.folder import first_process, read_report, read_run, sums, taken
 from ..training.loop import Callback, train as fit
 from ..training.plan import Plan, plan as planned, plan_table, units_of
 from ..training.record import content, going_on, holds_back, model_content, record
 from ..training.resume import Checkpoint, Record, Resume
 from ..training.run import settings
-from ..worlds.world import model_path
+from ..worlds.world import model_path, usual_reward
 
 # %% ../../nbs/13_commands/08_train.ipynb #74e8ce63
 def _without(changes, more): return {k: v for k, v in changes.items() if k.rpartition('.')[2] not in more}
@@ -57,7 +58,7 @@ def check_plan(job:Job, # What is planned
 def plan(
     method:str, # Method: see `sharpen methods`
     model:str=None, # Embedded (`shapes`), a folder, or a name on the Hugging Face Hub; None: embedded
-    reward:str='clip', # Reward: name, name@weights or name:weight,… (see `sharpen rewards`)
+    reward:str=None, # Reward: name, name@weights, name:weight,… (see `sharpen rewards`); None: the model's
     prompts:str=None, # World, file (FILE:COLUMN for tables) or hf:owner/name:column; None: the model's world
     preset:str='default', # Preset of the method
     heldout:int=None, # Prompts measured before and after; None: 240 for embedded models, 24 for others
@@ -76,7 +77,7 @@ def plan(
 )->list: # One dict per row: name, value, unit, about
     "What a training would cost, without training: with the options of `train`"
     model, (run, made) = base_of(model), settings(method, preset, **changes)
-    check_names(model, reward, variant)
+    check_names(model, reward or usual_reward(model), variant)
     check_sampler(guidance, S_eval=S_eval)
     n, own = heldout_number(heldout, model), own_pairs(made, images)
     held = n                                                              # of the Hub nothing is fetched
@@ -158,6 +159,17 @@ def callbacks(out:Path, # Folder of the run
     return [*[Resume(at, about, around)]*again, Record(out, asked, again), plan, Timer(), Alarms(exam, 10),
             Progress(), Log(out/'metrics.jsonl'), *tracker, saved]
 
+# %% ../../nbs/13_commands/08_train.ipynb #b53dd1ea
+def validation(job:Job, # What is run
+               chunk:int # Pictures at once
+              )->list: # Callbacks
+    "What is asked of held-out data on the way: scores of prompts, the win rate of pairs"
+    run = job.run
+    few = job.held[:run.validate_prompts] if run.validate_every else []
+    scores = [Validate(few, job.exams, run.validate_every, job.S_eval, chunk)] if few else []
+    pairs = [WinRate(job.source.held)] if hasattr(job.source, 'held') else []
+    return scores + pairs
+
 # %% ../../nbs/13_commands/08_train.ipynb #ff7ff5a7
 def save_weights(out:Path, # Folder of the run
                  model, # With the trained weights
@@ -223,7 +235,7 @@ def fine_tune(out:Path, # Folder of the run
     units = units_of(model.source, model.size[1], run, vae)
     plan = Plan(job.what, len(held), job.S_eval, False, units)
     beside = [*callbacks(out, asked, around, job.other, again, plan), *kept]
-    if hasattr(job.source, 'held'): beside.append(WinRate(job.source.held))
+    beside += validation(job, chunk)
     s = fit(model, job.method, job.judge, job.source, run, beside)
     if s.stop: return stopped(out, asked['method'], s)
     saved = save_weights(out, model, run.rank > 0) if s.rank == 0 else None
@@ -248,7 +260,7 @@ def stopped(out:Path, # Folder of the run
 def train(
     method:str, # Method: see `sharpen methods`
     model:str=None, # Embedded (`shapes`), a folder, or a name on the Hugging Face Hub; None: embedded
-    reward:str='clip', # Reward: name, name@weights or name:weight,… (see `sharpen rewards`)
+    reward:str=None, # Reward: name, name@weights, name:weight,… (see `sharpen rewards`); None: the model's
     prompts:str=None, # World, file (FILE:COLUMN for tables) or hf:owner/name:column; None: the model's world
     out:str='runs/latest', # Folder for weights, checkpoints, log, pictures and report
     preset:str='default', # Preset of the method
@@ -270,6 +282,7 @@ def train(
                  variant=variant, vae=vae, images=images)
     if resume: return _continue(method, resume, _typed(given) | changes)
     given['model'] = base_of(model)
+    given['reward'] = reward = reward or usual_reward(given['model'])
     given['prompts'] = prompts or _default_prompts(method, preset, given['model'], images, changes)
     asked = record(method=method, changes=changes, run=uuid.uuid4().hex[:12], **given)
     if holds_back(asked['reward']):

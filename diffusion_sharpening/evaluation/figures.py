@@ -9,7 +9,8 @@ __all__ = ['columns', 'draw_pair', 'before_after', 'running_mean', 'draw_log', '
 import textwrap
 import torch
 from ..basics.pictures import LITERAL, marked, plain
-from .measure import Evaluation, check_pair, world_of_prompts
+from .measure import (
+    Evaluation, check_pair, pictures_of, world_of_prompts)
 
 # %% ../../nbs/11_evaluation/04_figures.ipynb #4a655b21
 def columns(prompts:list, # Texts
@@ -50,10 +51,11 @@ def before_after(before:Evaluation, # The control
     fig = Figure(figsize=(5.6, 1.95*rows), layout='constrained')
     axs = fig.subplots(rows, 5, squeeze=False, width_ratios=[1, 1, .1, 1, 1])
     pairs = [p for row in axs for p in (row[:2], row[3:])]
+    sides = [pictures_of(e.images, e.prompts) for e in (before, after)]
     for ax in [*axs[:, 2], *pairs[-1][:2*(len(which) % 2)]]: ax.axis('off')
     for i, pair in zip(which, pairs):
         under = [f'{k}: {e.scores[judge][i]:.2f}' for k, e in (('before', before), ('after', after))]
-        draw_pair(pair, torch.stack([before.images[i], after.images[i]]), before.prompts[i], under)
+        draw_pair(pair, torch.stack([x[i] for x in sides]), before.prompts[i], under)
     fig.savefig(path, dpi=120)
 
 # %% ../../nbs/11_evaluation/04_figures.ipynb #b1115520
@@ -80,19 +82,23 @@ def draw_log(ax, # Axes
     for t in ax.legend(frameon=False, fontsize=8).get_texts(): t.set(**LITERAL)
 
 # %% ../../nbs/11_evaluation/04_figures.ipynb #0110b17b
-def curve(log:list, # Rows with `step`, `reward` and `best`; `held-out/…` in some
+def curve(log:list, # Rows with `step`, `reward` and `best`; `held-out/…` and `validation/…` in some
           path # PNG to write
          )->None:
     "Draw the reward of the candidates over training, and what other judges said of them"
     from matplotlib.figure import Figure
-    watched = list(dict.fromkeys(k for r in log for k in r if k.startswith('held-out/')))
+    watched = list(dict.fromkeys(k for r in log for k in r if k.startswith(('held-out/', 'validation/'))))
     heights = [3, 2] if watched else [3]
     fig = Figure(figsize=(5, sum(heights)), layout='constrained')
     axs = fig.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     draw_log(axs[0], log, dict(reward='mean of candidates', best='best of each prompt'))
     axs[0].set(ylabel='reward', title='Reward on the training prompts')
     if watched:
-        draw_log(axs[1], log, {k: k.removeprefix('held-out/') + ', not trained on' for k in watched})
+        draw_log(axs[1], log, {k: _label(k) for k in watched})
         axs[1].set(ylabel='score')
     axs[-1].set_xlabel('update')
     fig.savefig(path, dpi=110)
+
+def _label(key): # Of a number in the log that another judge gave, or held-out prompts
+    kind, _, judge = key.partition('/')
+    return f'{judge}, not trained on' if kind == 'held-out' else f'{judge} on held-out prompts'

@@ -12,7 +12,7 @@ from ..maths.forward import ForwardBatch, crd
 from .forward import Forward
 from .parts import any_times, turned
 
-# %% ../../nbs/08_methods/18_crd.ipynb #dd0fef7e
+# %% ../../nbs/08_methods/18_crd.ipynb #ed799e3d
 @dataclass
 class CRD(Forward):
     "Centred reward distillation: the implied reward is regressed to the true one"
@@ -36,7 +36,7 @@ class CRD(Forward):
 
     def ask(self, model, lesson, u) -> ForwardBatch:
         "What policy and others say, candidates first"
-        columns = {c: turned(lesson[c]) for c in ('x0', 'A', 'seeds', 'k', 'clock')}
+        columns = {c: turned(lesson[c]) for c in ('x0', 'A', 'seeds', 'k', 'prompt_seeds')}
         return super().ask(model, replace(lesson, rows=columns), u)
 
     def rule(self, b:ForwardBatch) -> tuple:

@@ -13,7 +13,7 @@ from ..basics.settings import within
 from ..maths.losses import preference, step_log_ratio
 from ..maths.samplers import log_prob
 from .parts import at_end, candidate_seeds, guided, repeated, summary
-from .policy_gradient import step_law, step_rows, trained_steps, whole_paths
+from .steps import step_law, step_rows, trained_steps, whole_paths
 from .protocol import Lesson, Method
 
 # %% ../../nbs/08_methods/24_d3po.ipynb #1d395d7c

@@ -13,7 +13,7 @@ from ..basics.settings import within
 from ..maths.losses import log_ratio
 from .parts import plain
 from .protocol import Lesson, Method
-from .rlhf_sharpening import margin_loss
+from .parts import margin_loss
 from ..models.protocol import denoising_loss
 
 # %% ../../nbs/08_methods/23_diffusion_dpo.ipynb #7b798cfa

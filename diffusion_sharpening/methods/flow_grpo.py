@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['FlowGRPO', 'FlowGRPOPrecise', 'FlowGRPOCPS']
 
-# %% ../../nbs/08_methods/22_flow_grpo.ipynb #e26aad58
+# %% ../../nbs/08_methods/22_flow_grpo.ipynb #e8e3de63
 import torch
 from dataclasses import dataclass
 from ..basics.settings import within
-from ..maths.choice import advantages
-from ..maths.losses import policy_gradient
+from ..maths.choice import centred, levelled
 from ..maths.samplers import cps_coefs, flow_sde_coefs, precise_coefs
-from .policy_gradient import PolicyGradient, moved
+from .policy_gradient import PolicyGradient, clipped
 
-# %% ../../nbs/08_methods/22_flow_grpo.ipynb #7e51be26
+# %% ../../nbs/08_methods/22_flow_grpo.ipynb #bf8afedf
 @dataclass
 class FlowGRPO(PolicyGradient):
     "Policy gradients against the other samples of a prompt, held to the reference"
@@ -39,9 +38,14 @@ class FlowGRPO(PolicyGradient):
         "With the CPS step"
         return FlowGRPOCPS(**changes)
 
-    def advantages(self, R, prompts):
-        "Against the other samples of the prompt `(n, B)`"
-        return advantages(R, self.group)
+    def standing(self, R, prompts)->tuple:
+        "Rewards above the mean of their prompt"
+        above, means = centred(R, self.group)
+        return dict(above=above), means
+
+    def advantages(self, lesson):
+        "Against the other samples of the prompt `(R,)`"
+        return levelled(lesson['above'], lesson.means)
 
     def collect(self, model, judge, batch):
         "As every policy gradient, and where the reference would go"
@@ -59,14 +63,11 @@ class FlowGRPO(PolicyGradient):
 
     def loss(self, model, judge, lesson, u) -> tuple:
         "Clipped policy-gradient losses and the divergence `(R,)`"
-        law = self.law(model, lesson)
-        logp, old = self.logp(lesson, law), lesson['logp']
-        stats = moved(logp, old)
-        clipped = ((stats['ratio'] - 1)*lesson['A'].sign() > self.clip).float()
-        loss, stats = policy_gradient(logp, old, lesson['A'], self.clip), stats | dict(clipped=clipped)
-        if not self.beta: return loss, stats
+        (A, cut), law = self.cut(lesson), self.law(model, lesson)
+        losses, stats = clipped(self.logp(lesson, law), lesson['logp'], A, self.clip)
+        if not self.beta: return losses, stats | cut
         hold = self.hold(lesson, law)
-        return loss + self.beta*hold, stats | dict(hold=hold.detach())
+        return losses + self.beta*hold, stats | cut | dict(hold=hold.detach())
 
 # %% ../../nbs/08_methods/22_flow_grpo.ipynb #a94620e2
 @dataclass

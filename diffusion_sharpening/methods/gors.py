@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['GORS', 'RWR']
 
-# %% ../../nbs/08_methods/32_gors.ipynb #ac03ab96
+# %% ../../nbs/08_methods/32_gors.ipynb #bd9e7d93
 from dataclasses import dataclass
 from ..basics.settings import within
 from ..maths.acceptance import accept_above
-from .graft import Accepting
+from .accepting import Accepting
 
 # %% ../../nbs/08_methods/32_gors.ipynb #88a9feea
 @dataclass

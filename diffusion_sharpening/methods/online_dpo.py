@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from ..basics.settings import within, words
 from ..maths.choice import pair, pick, standardise, tied
 from ..maths.losses import log_ratio
-from .parts import (
-    asked_times, at_end, candidate_seeds, end_error, from_prompt, guided, margin_loss, noised, plain, summary)
+from diffusion_sharpening.methods.parts import (
+    asked_times, at_end, candidate_seeds, end_error, from_prompt, guided, margin_loss, noised, plain,
+    summary)
 from .protocol import Lesson, Method
 
 # %% ../../nbs/08_methods/08_online_dpo.ipynb #9861bab8

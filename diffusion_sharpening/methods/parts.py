@@ -6,15 +6,16 @@
 __all__ = ['guided', 'plain', 'candidate_seeds', 'path_starts', 'stride_starts', 'asked_times', 'check_path', 'begun', 'Paths',
            'from_noises', 'from_state', 'from_prompt', 'coupled', 'along_path', 'at_end', 'finished', 'summary',
            'taken', 'path_error', 'held_noise', 'end_error', 'noised', 'step_logp', 'margin_loss', 'places',
-           'grid_times', 'any_times', 'ties', 'say', 'data_error', 'turned', 'flat', 'repeated', 'path_rows',
-           'lesson_error', 'pair_rows']
+           'grid_times', 'any_times', 'ties', 'say', 'data_error', 'forward_batch', 'turned', 'flat', 'repeated',
+           'noise_rows', 'path_rows', 'lesson_error', 'pair_rows']
 
-# %% ../../nbs/08_methods/02_parts.ipynb #94a3850d
+# %% ../../nbs/08_methods/02_parts.ipynb #127e97f3
 import torch
 from dataclasses import dataclass
 from torch import Tensor
 from ..basics.seeds import START, noise, stream
 from ..maths.choice import aggregate, pick, tied
+from ..maths.forward import ForwardBatch
 from ..maths.losses import denoising, preference
 from ..maths.rollout import Trajectory, path_times, rollout, stride_times
 from ..maths.samplers import log_prob, step
@@ -320,6 +321,25 @@ def data_error(model,
     "The plain loss on data, with fresh noise at one time for each row"
     return plain(model).denoising_loss(x0, cond, stream(seeds, 'image', u))
 
+# %% ../../nbs/08_methods/02_parts.ipynb #1af65aef
+def forward_batch(model, # As it is asked: without guidance
+                  x0, # Finished samples `(…, R, *item)`
+                  A, # Their advantages `(…, R)`
+                  t, # Their times `(…, R)`
+                  seeds, # int64 `(…, R)`
+                  cond, # Of the `R` rows
+                  u:int=0, # Number of the update
+                  others=(), # Who is asked beside the policy: `ref` (the base), or names of copies
+                  clean:bool=False # Compare clean estimates?
+                 )->ForwardBatch:
+    "Finished samples with fresh noise, and what policy and others say of them"
+    eps = noise(stream(seeds, 'fresh', u), START, model.item, x0.device)
+    x_t = add_noise(model.schedule, x0, eps, t)
+    def ask(): return model.predict(x_t, t, cond)[0] if clean else model.output(x_t, t, cond)
+    said = {name: say(model, name, ask) for name in others}
+    goal = x0 if clean else target(model.schedule, x0, eps, t, model.kind)
+    return ForwardBatch(ask(), goal, A, said)
+
 # %% ../../nbs/08_methods/02_parts.ipynb #e000af51
 def turned(x:Tensor # `(m, B, …)`, or `(B, m, …)`
           )->Tensor: # The first two axes exchanged
@@ -336,6 +356,16 @@ def flat(x:Tensor # `(n, B, …)`
 def repeated(cond, n:int):
     "Conditioning of `n` candidates of each prompt, as rows"
     return None if cond is None else cond.repeat(n)
+
+# %% ../../nbs/08_methods/02_parts.ipynb #e12cf847
+def noise_rows(rows:dict, # Name → `(R, …)`; int64 `seeds` is one of them
+               K:int # Noises of each row
+              )->dict: # Name → `(K·R, …)`, with new `seeds`, and the number `k` of each row's noise
+    "Each finished sample once for each of its noises"
+    more = {c: v.repeat(K, *[1]*(v.ndim - 1)) for c, v in rows.items()}
+    seeds = candidate_seeds(rows['seeds'], K)
+    k = torch.arange(K)[:, None].expand_as(seeds)
+    return more | dict(seeds=flat(seeds), k=flat(k))
 
 # %% ../../nbs/08_methods/02_parts.ipynb #f0462f21
 def path_rows(paths # `Paths` of `n` candidates

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from ..basics.settings import within, words
 from ..maths.choice import pick, weights
 from diffusion_sharpening.methods.parts import (
-    along_path, begun, candidate_seeds, check_path, flat, from_noises, guided, lesson_error, path_rows, plain,
-    repeated, summary)
+    along_path, begun, candidate_seeds, check_path, flat, from_noises, guided, lesson_error, path_rows,
+    plain, repeated, summary)
 from .protocol import Lesson, Method
 
 # %% ../../nbs/08_methods/04_sft_sharpening.ipynb #b4dc2b86

@@ -16,7 +16,7 @@ from ..maths.rollout import rollout
 from ..maths.samplers import log_prob
 from ..maths.schedules import pad_right
 from .parts import at_end, candidate_seeds, guided, repeated, summary
-from .policy_gradient import step_law
+from .steps import step_law
 from .protocol import Lesson, Method
 
 # %% ../../nbs/08_methods/26_spo.ipynb #b6e3f389

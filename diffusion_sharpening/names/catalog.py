@@ -71,7 +71,8 @@ def _with_worlds(listed): # The listed rewards, with what the worlds have for th
     told = {k: replace(e, needs=f"{', '.join(here[k])} (embedded), {e.needs}") if here[k] else e
             for k, e in listed.items()}
     exams = {w.exam.name: k for k, w in WORLDS.items() if w.exam}
-    return told | {k: Entry('', f'nothing; for {w} only', world=w) for k, w in exams.items()}
+    own = {r: Entry(where, f'{k} (embedded)') for k, w in WORLDS.items() for r, where in w.rewards.items()}
+    return told | own | {k: Entry('', f'nothing; for {w} only', world=w) for k, w in exams.items()}
 
 # %% ../../nbs/06_names/02_catalog.ipynb #7bd40d11
 USES = _with_worlds(_LISTED)
@@ -132,6 +133,7 @@ def weights_of(name:str, # A name in `USES`
                world:str=None # Whose weights are meant where `which` is None
               )->str: # What the reward is made with; None: its published weights
     "Turn the name of a world into the folder of its weights"
+    world = next((k for k, w in WORLDS.items() if name in w.rewards), world)  # it has but one
     if which is None: return _of_world(world, name) if world and name in WORLDS[world].judges else None
     base, mark, rest = str(which).partition('#')
     return _of_world(base, name) + mark + rest if base in WORLDS else which

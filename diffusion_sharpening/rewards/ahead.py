@@ -62,4 +62,4 @@ def judged(model, # Has `item` (shape of one sample) and `show`
     else:
         with stage('decode'): x = model.show(flat, fast=True)
     pictures = x.view(*lead, *x.shape[1:])
-    with stage('reward'): return group_scores(judge, pictures, prompts), pictures
+    with stage('reward'): return group_scores(judge, pictures, prompts, x.ndim - 1), pictures

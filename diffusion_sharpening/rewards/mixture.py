@@ -44,18 +44,18 @@ HOW = ['zscore', 'rank', 'borda']  # Ways to combine
 def combine(
     R:Tensor, # Scores of `K` rewards `(K, …, n, B)`; NaN: none
     weights, # `K` numbers
-    how:str='zscore' # One of `HOW`
+    how='zscore' # One of `HOW`, or a function of scores `(…, n, B)` to comparable ones
 ) -> Tensor: # `(…, n, B)`, comparable within a group only; NaN: left out of the comparison
     "Weigh and add several rewards of the same candidates"
-    way = dict(zscore=zscore, rank=rank, borda=borda)[one_of(how, HOW, 'how')]
+    way = how if callable(how) else dict(zscore=zscore, rank=rank, borda=borda)[one_of(how, HOW, 'how')]
     w = torch.as_tensor(weights, dtype=R.dtype, device=R.device)
     if w.shape != R.shape[:1] or not w.isfinite().all() or not w.any():
         raise ValueError(f'weights: expected {len(R)} finite numbers, not all 0, found {w.tolist()}')
     gone = _missing(R); silent = (~gone).sum(-2, keepdim=True) < 2
     Z = torch.where(silent, 0., way(R))
-    v = torch.tensordot(w, Z, 1)/(w.abs().sum() if how == 'rank' else 1.)
+    v = torch.tensordot(w, Z, 1)/(w.abs().sum() if way is rank else 1.)
     v = v + (v.round(decimals=5) - v).detach()                  # what ties up to rounding is a tie
-    return v.masked_fill(gone.all(0) & ~silent.all(0), float('nan')) if how == 'borda' else v
+    return v.masked_fill(gone.all(0) & ~silent.all(0), float('nan')) if way is borda else v
 
 # %% ../../nbs/04_rewards/14_mixture.ipynb #c6e171b8
 def neutral(R:Tensor # Values `(…, n, B)`; NaN: missing
@@ -80,22 +80,26 @@ class Mixture(Reward):
     def score(self, images, prompts):
         "Weighted sum of the raw scores, `(B,)`"
         return torch.stack([w*r(images, prompts) for r, w in zip(self.rewards, self.weights)]).sum(0)
+    def grouped(self, things): return self.rewards[0].grouped(things)
     def identity(self):
         "The identities of the parts, their weights, and how they are combined"
         parts, how = [r.identity() for r in self.rewards], getattr(self, 'how', 'sum')
+        how = getattr(how, '__name__', how)
         return dict(name=self.name, parts=parts, weights=self.weights.tolist(), how=how)
 
 # %% ../../nbs/04_rewards/14_mixture.ipynb #eacc93f7
 def group_scores(
     reward:Reward, # One reward, a `Mixture` or a `Combined`
-    images:Tensor, # `(…, n, B, 3, H, W)`: `n` candidates of each prompt
-    prompts:list # `B` texts
+    images:Tensor, # Pictures `(…, n, B, 3, H, W)`, or other things: `n` candidates of each prompt
+    prompts:list, # `B` texts
+    axes:int=3 # Of one thing: 3 of a picture
 ) -> Tensor: # `(…, n, B)`, finite, comparable within a group
     "What a method compares: rewards of candidates, per prompt"
-    lead = images.shape[:-3]
+    lead = images.shape[:-axes]
     if len(lead) < 2 or lead[-1] != len(prompts):
-        raise ValueError(f'images: expected (…, n, {len(prompts)}, 3, H, W), found {tuple(images.shape)}')
-    flat, many = images.flatten(0, -4), list(prompts)*math.prod(lead[:-1])
+        thing = ', '.join(map(str, images.shape[-axes:])) if axes != 3 else '3, H, W'
+        raise ValueError(f'images: expected (…, n, {len(prompts)}, {thing}), found {tuple(images.shape)}')
+    flat, many = images.flatten(0, len(lead) - 1), list(prompts)*math.prod(lead[:-1])
     def one(r): return r(flat, many).view(lead).to(images.device)
     if not isinstance(reward, Mixture): return neutral(one(reward))
     R = torch.stack([one(r) for r in reward.rewards])
@@ -107,11 +111,11 @@ class Combined(Mixture):
     def __init__(self,
         rewards:list, # At least one
         weights:list=None, # Their weights; None: all 1
-        how:str='zscore' # One of `HOW`
+        how='zscore' # One of `HOW`, or a function as for `combine`
     ):
         weights = [1.]*len(rewards) if weights is None else list(weights)
         if not rewards or len(weights) != len(rewards):
             raise ValueError('combined: expected one weight per reward, '
                              f'found {len(rewards)} rewards, {len(weights)} weights')
-        super().__init__(rewards, weights); self.how = one_of(how, HOW, 'how')
+        super().__init__(rewards, weights); self.how = how if callable(how) else one_of(how, HOW, 'how')
         self.differentiable = self.differentiable and how == 'zscore'

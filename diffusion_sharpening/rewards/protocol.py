@@ -109,12 +109,17 @@ class Reward:
         "One number per picture, `(B,)`; the part a subclass writes"
         raise NotImplementedError(f'{type(self).__name__} does not implement score')
 
+    def grouped(self, things)->list:
+        "What is judged at once, as positions and a tensor: pictures of one size, unless a subclass says more"
+        return by_size(things)
+
     def __call__(self,
         images, # Pictures `(B, 3, H, W)` in [0, 1], on any device; uint8, and lists of PIL images or tensors
         prompts:list # Their `B` texts
     )->Tensor: # Float32 `(B,)`; `RewardError` names this reward if that is not what came out
         "Score pictures against their prompts"
-        parts = by_size(images); order = [i for at, _ in parts for i in at]
+        parts = self.grouped(images)
+        order = [i for at, _ in parts for i in at]
         if len(order) != len(prompts):
             raise RewardError(f'{self.name}: {len(order)} images but {len(prompts)} prompts')
         got = [finite_scores(self.name, self._guarded(x.clone(), [prompts[i] for i in at]), at, self.may_fail)

@@ -9,7 +9,8 @@ __all__ = ['savings', 'fitting', 'advice', 'pictures_at_once']
 import json
 from ..basics.devices import device_here
 from ..models.counting import unet_cost, vae_cost
-from .plan import evaluating, evaluation_chunk
+from ..models.denoiser import Denoiser
+from .plan import AT_ONCE, evaluating, evaluation_chunk
 
 # %% ../../nbs/12_training/11_advice.ipynb #34032e32
 def savings(run, method, # Settings, and the method
@@ -46,10 +47,11 @@ def advice(planned, run, method, world:int=1 # As for `fitting`
     return f"it would fit with --set {' '.join(said)}"
 
 # %% ../../nbs/12_training/11_advice.ipynb #11ae7fe6
-def pictures_at_once(model, # `Denoiser` of a known source
+def pictures_at_once(model, # Of a known source
                      device=None # `Device`; None: the one it is on
                     )->int: # ValueError where not one fits
     "How many pictures fit in memory at once"
+    if not isinstance(model, Denoiser): return AT_ONCE                # a small model of its world
     dev, px = device or device_here(model.device), model.size[1]
     parts = model.network, model.autoencoder, *model.text_encoders
     held = sum(p.numel()*p.element_size() for m in parts if m for p in m.parameters())/2**30

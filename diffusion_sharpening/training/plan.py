@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST', 'MARGIN', 'AT_ONCE', 'ROWS', 'MODEL', 'StandIn', 'evaluations', 'memory', 'peak', 'chunk_that_fits',
-           'evaluating', 'evaluation_chunk', 'units_of', 'work_of', 'evaluation_of', 'plan_rows', 'plan', 'plan_table',
-           'measured', 'Plan']
+           'evaluating', 'evaluation_chunk', 'side_of', 'units_of', 'work_of', 'evaluation_of', 'plan_rows', 'plan',
+           'plan_table', 'measured', 'Plan']
 
 # %% ../../nbs/12_training/06_plan.ipynb #bc064970
 import math, torch
@@ -17,6 +17,7 @@ from ..models.cond import Cond
 from ..data.sources import Columns
 from ..methods.protocol import noise_columns
 from ..models.denoiser import Denoiser
+from ..models.policies import ATTENTION, LINEAR
 from ..rewards.protocol import Reward
 from ..maths.samplers import time_grid
 from ..maths.schedules import VP
@@ -27,7 +28,8 @@ from ..models.counting import (
 from .loop import Callback
 from .run import Run, settings
 from ..basics.seeds import START, noise
-from ..worlds.world import WORLDS, model_path, usual_guidance
+from ..worlds.world import (
+    WORLDS, loader_of, model_path, usual_guidance)
 
 # %% ../../nbs/12_training/06_plan.ipynb #d42cdc8a
 class StandIn(Denoiser):
@@ -164,7 +166,7 @@ ROWS = dict(
     forwards=('evaluations', 'all forwards, per update'),
     micro=('evaluations', 'with gradient at once; 0: all of an update'),
     decode=('pictures', 'decoded and scored, per batch'),
-    evaluation=('evaluations', 'forwards of the evaluation before and after'),
+    evaluation=('evaluations', 'forwards of the evaluation before and after, and of validation'),
     evaluation_chunk=('pictures', 'of the evaluation at once'),
     parameters=('million', 'of the network'), learning=('million', 'that learn'),
     F=('TFLOP', 'one forward of one picture'), B=('F', 'one forward and backward'),
@@ -172,7 +174,7 @@ ROWS = dict(
     rollout_tflop=('TFLOP', 'candidates, per batch'), old_tflop=('TFLOP', 'older policy, per batch'),
     reference_tflop=('TFLOP', 'base, per batch'), lesson_tflop=('TFLOP', 'learning, per batch'),
     decode_tflop=('TFLOP', 'decodes, per batch'), tflop=('TFLOP', 'per batch'),
-    evaluation_tflop=('TFLOP', 'evaluation before and after'),
+    evaluation_tflop=('TFLOP', 'evaluation before and after, and validation'),
     memory_weights=('GiB', 'all weights that do not learn'),
     memory_learning=('GiB', 'weights that learn, gradients, AdamW, copies'),
     memory_graph=('GiB', 'graph of a chunk of an update'), memory_rollout=('GiB', 'one rollout step'),
@@ -181,13 +183,27 @@ ROWS = dict(
     seconds=('s', 'per batch'), images_per_second=('1/s', 'candidates'), mfu=('', 'share of the peak'),
     hours=('h', 'all batches, and the evaluation'))
 
+# %% ../../nbs/12_training/06_plan.ipynb #5b38af3e
+def _loaded_units(model, run): # Of a small model, loaded for it
+    layers = ATTENTION if run.layers == 'attention' else LINEAR
+    return measured(model.add_lora(run.rank, targets=layers) if run.rank else model.add_full(True))
+
+def side_of(model:str, # As for `plan`
+            px:int=None # Picture side; None: what the model was made for
+           )->int: # None: it makes no pictures
+    "Side of the pictures of a model, in pixels"
+    if not loader_of(model): return picture_side(model, px)
+    if px is None: return None
+    raise ValueError(f'px: expected none, as {Path(model).name} makes no pictures; found {px}')
+
 # %% ../../nbs/12_training/06_plan.ipynb #26ffa056
 def units_of(model:str, # sdxl, sd15, or the folder of a pipeline
              px:int, # Picture side
              run:Run, # Its LoRA, precision and checkpointing count
              vae:str=None # Folder or name of a cheaper autoencoder for scoring
             )->tuple: # `Cost`s and parameters, as for `memory`
-    "Units counted from configs alone: what one picture takes"
+    "Units counted from configs alone: what one picture takes; small models of their own kind are loaded"
+    if load := loader_of(model): return _loaded_units(load(model), run)
     lesson, size, learn = unet_cost(model, px, run.rank, run.layers, run.checkpointing, run.precision)
     reference, *_ = unet_cost(model, px, dtype=run.precision)
     show, own = vae_cost(model, px, dtype=run.precision)
@@ -210,11 +226,14 @@ def work_of(ask:dict, # From `evaluations`
 def evaluation_of(units:dict, # As for `memory`
                   heldout:int, # Prompts
                   S:int, # Sampler steps
-                  guidance:float=1. # 1: none, at half the cost
+                  guidance:float=1., # 1: none, at half the cost
+                  between:int=0 # Pictures of the validation
                  )->tuple: # Network evaluations and TFLOP
-    "What the evaluation before and after takes"
-    n, V = heldout*S*(1 if guidance == 1 else 2), units['show'].tflop
-    return 2*n, n*(units['reference'].tflop + units['rollout'].tflop) + 2*heldout*V
+    "What the evaluation before and after takes, and the validation between"
+    one, pictures = S*(1 if guidance == 1 else 2), 2*heldout + between
+    first, later = units['reference'].tflop, units['rollout'].tflop
+    work = one*(heldout*first + (heldout + between)*later) + pictures*units['show'].tflop
+    return one*pictures, work
 
 # %% ../../nbs/12_training/06_plan.ipynb #a81f2136
 def plan_rows(what:str, # Model and method, in words
@@ -229,7 +248,9 @@ def plan_rows(what:str, # Model and method, in words
              )->list: # One dict per row: name, value, unit, about
     "Batch arithmetic: what a run asks for, and what that costs"
     ask, top = evaluations(run, method, guidance), dev.peak(run.precision)
-    work, (n, once) = work_of(ask, units), evaluation_of(units, heldout, S_eval, guidance)
+    looks = run.validate_every and run.steps//run.validate_every
+    between = looks*min(heldout, run.validate_prompts)
+    work, (n, once) = work_of(ask, units), evaluation_of(units, heldout, S_eval, guidance, between)
     whole = memory(sizes, units, ask, run, method.updates, world)
     micro = run.micro or chunk_that_fits(dev, units, whole, method.width)
     mem = memory(sizes, units, ask, replace(run, micro=micro), method.updates, world)
@@ -284,13 +305,13 @@ def plan(model:str=MODEL, # sdxl, sd15, an embedded model, or the folder of a pi
     "What a training would cost, without training"
     run, made = settings(method, preset, **changes)
     folder, dev = model_path(model), device if isinstance(device, Device) else device_of(device)
-    px = picture_side(folder, px)
+    px = side_of(folder, px)
     if batch_seconds is not None and not batch_seconds > 0:
         raise ValueError(f'batch_seconds: expected a positive time, found {batch_seconds}')
     if not 0 < share <= 1: raise ValueError(f'share: expected a share of the peak in (0, 1], found {share}')
     if world < 1 or run.batch % world:
         raise ValueError(f'world: expected processes that share a batch of {run.batch} evenly, found {world}')
-    what = f'{method} ({preset}) of {Path(model).name}, {px} px'
+    what = f'{method} ({preset}) of {Path(model).name}' + (f', {px} px' if px else '')
     return plan_rows(what, run, made, *units_of(folder, px, run, vae), dev, guidance or usual_guidance(model),
                      batch_seconds, share, world, heldout, S_eval)
 
@@ -315,9 +336,10 @@ def _saved(f, net): # GiB that the graph of `f` keeps, weights apart
     return sum(v for k, v in seen.items() if k not in own)/2**30
 
 # %% ../../nbs/12_training/06_plan.ipynb #56a5a591
-def _run_once(f, net): # `Cost` of a call without gradients, on real tensors
+def _run_once(f, net): # `Cost` of a call of a network (None: of none) without gradients, on real tensors
     from torch.utils.flop_counter import FlopCounterMode
-    live, flops = Live([*net.parameters(), *net.buffers()]), FlopCounterMode(display=False)
+    known = [] if net is None else [*net.parameters(), *net.buffers()]
+    live, flops = Live(known), FlopCounterMode(display=False)
     with torch.no_grad(), flops, live: f()
     n = flops.get_total_flops()/1e12
     return Cost(n, n, 0., live.peak/2**30)
@@ -358,7 +380,8 @@ class Plan(Callback):
         d, self.at, dev = s.model, s.seconds, device_here(s.model.device)
         counted = d.sharded or s.run.checkpointing
         known = (self.units or units_of(d.source, d.size[1], s.run)) if counted else measured(d)
-        self.rows = plan_rows(f'{self.what}, {d.size[1]} px', s.run, s.method, *known, dev, d.guidance,
+        px = f', {d.size[1]} px' if d.size[1] else ''
+        self.rows = plan_rows(f'{self.what}{px}', s.run, s.method, *known, dev, d.guidance,
                               s.seconds/s.k if s.k else None, world=s.world, **self.evaluation)
         got = {r['name']: r['value'] for r in self.rows}
         self.tflop, self.peak, s.run.micro = got['tflop']/s.world, dev.peak(s.run.precision), got['micro']

@@ -16,8 +16,8 @@ from .folder import begin, go_on
 from .loop import Callback
 
 # %% ../../nbs/12_training/09_resume.ipynb #df0474b3
-FREE = ('steps', 'seconds', 'checkpoint_every', 'keep', 'patience', 'shard', 'micro',
-        'checkpointing')                                   # These may differ
+FREE = ('steps', 'seconds', 'validate_every', 'validate_prompts', 'checkpoint_every', 'keep', 'patience',
+        'shard', 'micro', 'checkpointing')                 # These may differ
 
 def identity(s, # `State` of the loop
              about:dict # What the loop does not know: model, reward, …

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from ..basics.settings import Settings, check_kinds, within, words
 from ..basics.words import one_of
 from ..methods.catalog import find
-from ..models.denoiser import backend_of
+from ..models.learner import backend_of
 
 # %% ../../nbs/12_training/01_run.ipynb #97276bf9
 @dataclass
@@ -34,6 +34,8 @@ class Run(Settings):
     buckets: bool = False              # Pictures in several shapes of about one area, one shape per batch
     seconds: float = within(0., 0)     # Start no batch after this wall time; 0: no limit
     patience: int = within(10, 1, 10**9) # Stop after so many skipped updates in a row
+    validate_every: int = within(0, 0, 10**9) # Batches between two scores of held-out prompts; 0: none
+    validate_prompts: int = within(48, 1, 10**6) # How many of the held-out prompts these scores are over
     checkpoint_every: int = within(50, 0, 10**9) # Batches between two checkpoints; 0: none
     keep: int = within(2, 1)           # Checkpoints that stay
     seed: int = within(0, -2**63, 2**64-1) # All chance of the run

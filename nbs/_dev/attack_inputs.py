@@ -107,6 +107,9 @@ OPTIONS = {
              '--S-eval --steps'),
     'sample': ('--model {xl} --prompts {p} --out {o} --n 1 --S 1',
                '--model --lora --prompts --out --n --S --seed --guidance --px --variant'),
+    'search best_of_n': ('--model {xl} --prompts {p} --reward {r} --out {o} --n 1 --S 1 --budget 2',
+                         '--model --lora --reward --combine --prompts --budget --out --n --S --settings '
+                         '--seed --guidance --px --variant'),
     'evaluate': ('--model {xl} --prompts {p} --reward {r} --n 1 --S 1',
                  '--model --lora --reward --prompts --n --S --seed --guidance --px --variant'),
     'train rlhf': ('--model {xl} --prompts {p} --reward {r} --out {o} --heldout 0 --steps 0 --set n=2 S=2 '
@@ -124,7 +127,7 @@ TEXT = ['', '\0', 'x'*5000, '/dev/null', '/dev/full', '/', '.', '-', '~nobody/x'
         'clip:nan',
         'remote@', 'mllm@', 'remote@http://[', 'own', 'http://', '*', '%s', '{{x}}', 'a/b', 'a/b/c', '--']
 COUNTS = ('--n --m --px --world --batch-seconds --share --heldout --S-eval --steps --S --seed --guidance '
-          '--batch --port').split()
+          '--batch --port --budget').split()
 
 def optional(command, base, option, value, kit):
     "Refused in one line, or done"

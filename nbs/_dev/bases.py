@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """The exam of base models at equal calls, and how much pictures of a caption differ: data/results/NAME.json
 
-`python nbs/_dev/bases.py shapes FOLDER` measures both on the same captions, seeds and samplers."""
+`python nbs/_dev/bases.py shapes shapes@3 FOLDER` measures all on the same captions, seeds and samplers; `@3`
+asks for classifier-free guidance 3, which takes two calls a step."""
 import argparse
 from pathlib import Path
 import torch
@@ -21,6 +22,11 @@ def both(scores):
     "Mean and strict"
     return dict(mean=interval(scores, 'captions'), strict=interval(all_hold(scores), 'captions'))
 
+def loaded(spec):
+    "A model by its name or folder, with guidance where `@` names it"
+    name, _, guidance = spec.partition('@')
+    return load_model(name, guidance=float(guidance or 1))
+
 def measured(model, w, texts, eta, steps, few, k):
     "One model with one sampler"
     e = evaluate(model, texts, {w.exam.name: w.exam}, steps, eta)
@@ -29,8 +35,9 @@ def measured(model, w, texts, eta, steps, few, k):
     many = evaluate(model, again, {w.exam.name: w.exam}, steps, eta, seed=7)
     of = many.scores[w.exam.name].view(few, k)
     groups = {g: both(v) for g, v in w.by_group(s, texts).items()}
-    return s, both(s) | dict(eta=eta, groups=groups, spread=interval(spread(many.images, k), 'captions'),
-                             best_of_k=interval(of.amax(1), 'captions'), k=k)
+    apart = interval(spread(many.images, k), 'captions')
+    return s, both(s) | dict(eta=eta, calls=e.nfe, groups=groups, spread=apart, k=k,
+                             best_of_k=interval(of.amax(1), 'captions'))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,13 +45,13 @@ def main():
     p.add_argument('--n', type=int, default=240, help='held-out captions (default %(default)s)')
     p.add_argument('--few', type=int, default=40, help='captions with several pictures (default %(default)s)')
     p.add_argument('--k', type=int, default=8, help='pictures of each of them (default %(default)s)')
-    p.add_argument('--steps', type=int, default=20, help='network calls (default %(default)s)')
+    p.add_argument('--steps', type=int, default=20, help='of the sampler (default %(default)s)')
     p.add_argument('--eta', type=float, nargs='+', default=[0., 1.])
     p.add_argument('--name', default='bases', help='of the file of results')
     a = p.parse_args(); torch.set_num_threads(1)
     w = WORLDS['shapes']; texts, rows, first = w.prompts(a.n, 'heldout', 1), [], {}
     for name in a.models:
-        model = load_model(name, guidance=1.)
+        model = loaded(name)
         for eta in a.eta:
             s, row = measured(model, w, texts, eta, a.steps, a.few, a.k)
             d = s - first.setdefault(eta, s)

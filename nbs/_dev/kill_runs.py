@@ -3,20 +3,21 @@
 `python nbs/_dev/kill_runs.py [METHOD …] [--runs 20]`
 
 Every method with every preset of the catalogue, or the methods named. Each run is a forked process that gets
-SIGKILL after a random time of its processor, again and again until it comes to its end. It must end in the
-weights, averages, optimizer moments, method state and history of the run left alone. The summary goes
-to data/results/kill_runs.json (not with --dry)."""
-import argparse, hashlib, json, os, random, signal, sys, tempfile, time
-from dataclasses import asdict, fields
+SIGKILL after a random time of its processor, goes on, and is often killed a second time. It must end in the
+weights, averages, optimizer moments, method state and history of the run left alone. All methods take
+turns. The summary goes to data/results/kill_runs.json (not with --dry); begun again, with the same code, the
+script goes on from there."""
+import hashlib, json, os, random, signal, sys, tempfile, time
+from dataclasses import fields
 from pathlib import Path
 import torch
 
 torch.set_num_threads(1)
-from diffusion_sharpening.basics.words import one_of
 from diffusion_sharpening.commands.load import quiet
+from arms import asked, known
 from results import write
 from diffusion_sharpening.data.sources import Columns, Pictures
-from diffusion_sharpening.methods.catalog import METHODS, find, presets
+from diffusion_sharpening.methods.catalog import find
 from diffusion_sharpening.methods.protocol import noise_columns
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.tiny import tiny_sdxl
@@ -29,23 +30,11 @@ from diffusion_sharpening.training.resume import Checkpoint, Record, Resume
 from diffusion_sharpening.training.run import settings
 
 TEXTS = ['a cat', 'a dog', 'a tree', 'a house']
-SMALL = dict(n=2, m=2, S=3)          # of a method, where it has such a setting
+SMALL = dict(n=2, m=2, S=3, K=2)     # of a method, where it has such a setting
 
 class Bright(Reward):
     name, differentiable = 'bright', True
     def score(self, images, prompts): return images.mean((1, 2, 3))
-
-def arms(names):
-    "Name → method and preset; presets with equal settings once"
-    out, seen = {}, []
-    for name in names:
-        for preset in sorted(presets(name), key='default'.__eq__):     # published variants keep their names
-            made = find(name, preset)()
-            same = type(made), asdict(made)
-            if same in seen: continue
-            seen.append(same)
-            out[name if preset == 'default' else f'{name}, {preset}'] = name, preset
-    return out
 
 def source(net, method, run):
     "Prompts, with pictures where the method learns from them"
@@ -106,45 +95,46 @@ def digest(out):
     h.update((out/'metrics.jsonl').read_bytes())
     return h.hexdigest()
 
-def kill_arm(arm, net, d, runs, steps, rng):
-    "How many of `runs` killed runs end as the one left alone, and how often they were killed"
-    sitting(arm, net, d/'warm', 1, out=d/'warm')                     # files and caches
-    length = sitting(arm, net, d/'whole', steps, out=d/'whole')
-    want, same, kills = digest(d/'whole'), 0, 0
-    for i in range(runs):
-        out = d/f'run{i}'
-        while not sitting(arm, net, out, steps, out=out, delay=rng.uniform(.05, 1.1)*length): kills += 1
-        same += digest(out) == want
-    return dict(runs=runs, identical=same, kills=kills)
+def left_alone(arm, net, d, steps):
+    "Seconds of its processor that a run takes which nobody kills, and the bits it ends in"
+    return sitting(arm, net, d/'whole', steps, out=d/'whole'), digest(d/'whole')
+
+def killed(arm, net, out, steps, length, rng):
+    "Kill a run once or twice and let it come to its end; the number of kills"
+    for kills in range(rng.randint(1, 2)):
+        if sitting(arm, net, out, steps, out=out, delay=rng.uniform(.05, 1.)*length): return kills
+    sitting(arm, net, out, steps, out=out)
+    return kills + 1
 
 def report(found, a, seconds):
-    "Sums over the methods that are done, written as they are (not with --dry)"
+    "Sums over all methods, written as they are (not with --dry)"
     total = {k: sum(r[k] for r in found.values()) for k in ('runs', 'identical', 'kills')}
-    line = (f"{total['identical']} of {total['runs']} runs ended bit-identical to the uninterrupted one; "
-            f"{total['kills']} kills; {seconds:.0f} s")
-    total |= dict(batches=a.steps, seconds=round(seconds, 1), summary=line, arms=found)
+    line = (f"{total['identical']} of {total['runs']} runs of {len(found)} methods and presets ended "
+            f"bit-identical to the uninterrupted one; {total['kills']} kills")
+    total |= dict(batches=a.steps, seed=a.seed, seconds=round(seconds, 1), summary=line, arms=found)
     if not a.dry: write('kill_runs', total)
     return total
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('methods', nargs='*', help='default: all')
-    p.add_argument('--runs', type=int, default=20, help='of each method and preset')
-    p.add_argument('--steps', type=int, default=4, help='batches of a run')
-    p.add_argument('--seed', type=int, default=0)
-    p.add_argument('--dry', action='store_true', help='write no summary')
-    a = p.parse_args()
-    try: todo = arms([one_of(name, list(METHODS), 'method') for name in a.methods or METHODS])
-    except ValueError as e: p.error(str(e))
+    a, todo = asked(__doc__, runs=(20, 'of each method and preset'), steps=(3, 'batches of a run'),
+                    seed=(0, 'of the moments'))
     quiet()
-    rng, t0, found = random.Random(a.seed), time.time(), {}
+    t0, alone = time.time(), {}
+    found = {} if a.dry else known('kill_runs', dict(batches=a.steps, seed=a.seed))
     with tempfile.TemporaryDirectory() as d:
         d = Path(d)
         tiny_sdxl(d/'model')
         net = Denoiser.from_pretrained(d/'model', guidance=1., device='cpu')     # each child has its own copy
-        for i, (name, arm) in enumerate(todo.items()):
-            (d/f'arm{i}').mkdir()
-            found[name] = r = kill_arm(arm, net, d/f'arm{i}', a.runs, a.steps, rng)
+        for i, (name, arm) in [o for k in range(a.runs) for o in enumerate(todo.items())]:
+            r = found.setdefault(name, dict(runs=0, identical=0, kills=0))
+            if r['runs'] >= a.runs: continue
+            if name not in alone:
+                (d/f'arm{i}').mkdir()
+                alone[name] = left_alone(arm, net, d/f'arm{i}', a.steps)
+            out, rng = d/f'arm{i}'/f"run{r['runs']}", random.Random(f"{a.seed} {name} {r['runs']}")
+            r['kills'] += killed(arm, net, out, a.steps, alone[name][0], rng)
+            r['identical'] += digest(out) == alone[name][1]
+            r['runs'] += 1
             print(f"{name:28}{r['identical']:>4} of {r['runs']} bit-identical{r['kills']:>6} kills",
                   flush=True)
             total = report(found, a, time.time() - t0)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """How the default rule learns: data/results/learner.json and learner-signal.json
 
-`python nbs/_dev/learner.py signal` measures the first gradient, its signal against its noise, by how times
-and noise are drawn. `python nbs/_dev/learner.py run NAME --steps 80 --set lr=1e-3` trains with the exam as
-reward and looks at held-out captions on the way; its log is runs/learner/NAME.json. `gather NAME…` puts logs
-together."""
+`python nbs/_dev/learner.py signal shapes FOLDER` measures the first gradient of each model: its signal
+against its noise, by how times are drawn, and how far it is the gradient of guidance. `python
+nbs/_dev/learner.py run NAME --steps 80 --set lr=1e-3` trains with the exam as reward and looks at held-out
+captions on the way; its log is runs/learner/NAME.json. `gather NAME…` puts logs together."""
 import argparse, json, time
 from dataclasses import asdict
 from pathlib import Path
@@ -30,60 +30,88 @@ from diffusion_sharpening.worlds.world import WORLDS
 root, W = Path(__file__).resolve().parents[2], WORLDS['shapes']
 logs = root/'runs'/'learner'
 
-# Ways to ask: first and last time; is the time shared by a prompt's candidates, and the noise?
-WAYS = {'anywhere': (0, 1000, False, False), 'anywhere, one time': (0, 1000, True, False),
-        'anywhere, one time and noise': (0, 1000, True, True), '400 to 900': (400, 900, False, False),
-        '400 to 900, one time': (400, 900, True, False),
-        '400 to 900, one time and noise': (400, 900, True, True)}
+# Ways to ask: first and last time; is the time shared by a prompt's candidates?
+WAYS = {'anywhere': (0, 1000, False), '400 to 900': (400, 900, False),
+        '400 to 900, one time': (400, 900, True)}
 
 @torch.no_grad()
 def candidates(model, prompts, n, S):
-    "Per batch of eight prompts: samples, rewards, seeds, conditioning"
+    "Per prompt: samples, rewards, seeds, conditioning"
     source, out = Prompts(model, prompts, size=8), []
     for k in range(len(prompts)//8):
         b = source.batch(k); seeds = candidate_seeds(b.seeds, n)
         x0 = from_prompt(model, S, seeds, b.cond, model.eta)
-        out.append((x0, at_end(model, W.exam, x0, b.prompts)[0], seeds, b.cond))
+        R, _ = at_end(model, W.exam, x0, b.prompts)
+        out += [(x0[:, j], R[:, j], seeds[:, j], b.cond[[j]*n]) for j in range(8)]
     return out
 
-def drawn(seeds, lo, hi, one_time, one_noise):
-    "Times and noise seeds of one prompt's candidates"
-    share, fresh = (stream(seeds, 'time', 0) % 2**24).double()/2**24, stream(seeds, 'fresh', 0)
+def noisy(model, x0, seeds, lo, hi, one_time):
+    "One prompt's candidates, noised again: states and times"
+    share = (stream(seeds, 'time', 0) % 2**24).double()/2**24
     if one_time: share = share[:1].expand(len(seeds))
-    if one_noise: fresh = fresh[:1].expand(len(seeds))
-    return (lo + share*(hi - lo)).long(), fresh
+    t = (lo + share*(hi - lo)).long()
+    return add_noise(model.schedule, x0, noise(stream(seeds, 'fresh', 0), START, model.item), t), t
 
-def gradients(model, groups, way):
-    "The first gradient that each prompt gives `(prompts, weights)`"
-    std, out = torch.cat([R - R.mean(0) for _, R, _, _ in groups], 1).std(correction=0), []
-    for x0, R, seeds, cond in groups:
-        for j in (~tied(R)).nonzero()[:, 0].tolist():
-            t, fresh = drawn(seeds[:, j], *way)
-            x_t = add_noise(model.schedule, x0[:, j], noise(fresh, START, model.item), t)
-            d = (model.predict(x_t, t, cond[[j]*len(t)])[0] - x0[:, j]).flatten(1)
-            loss = ((R[:, j] - R[:, j].mean())/std*d.square().mean(1)/d.detach().abs().mean(1)).mean()
-            found = torch.autograd.grad(loss, model.trainable(), allow_unused=True)
-            out.append(torch.cat([g.flatten() for g in found if g is not None]))
-    return torch.stack(out)
+def pull(pred, target, weight=1.):
+    "The loss that pulls estimates towards targets, or pushes them away"
+    d = (pred - target).flatten(1)
+    return (weight*d.square().mean(1)/d.detach().abs().mean(1)).mean()
+
+def gradient(loss, model):
+    "Of all that learns, as one vector"
+    found = torch.autograd.grad(loss, model.trainable(), allow_unused=True)
+    return torch.cat([g.flatten() for g in found if g is not None])
+
+def of_reward(model, group, way, std):
+    "The first gradient that one prompt gives"
+    x0, R, seeds, cond = group
+    x_t, t = noisy(model, x0, seeds, *way)
+    return gradient(pull(model.predict(x_t, t, cond)[0], x0, (R - R.mean())/std), model)
+
+def of_guidance(model, group, way, scale=3.):
+    "The gradient that pulls the same estimates to those under guidance"
+    x0, _, seeds, cond = group
+    x_t, t = noisy(model, x0, seeds, *way)
+    with torch.no_grad(): aim = model.with_guidance(scale).predict(x_t, t, cond)[0]
+    return gradient(pull(model.predict(x_t, t, cond)[0], aim), model)
+
+def products(A, B):
+    "Of gradients of different prompts"
+    M = A@B.T
+    return M.masked_fill(torch.eye(len(M), dtype=torch.bool), 0.)
 
 def ratio(G):
     "Squared length of the mean gradient against that of the noise, with the standard error"
-    n, M = len(G), G@G.T
-    off = M - torch.diag(M.diagonal())
+    n, off = len(G), products(G, G)
     signal, se = off.sum()/(n*(n - 1)), (2*off.square().sum()).sqrt()/(n*(n - 1))
-    rest = M.diagonal().mean() - signal
+    rest = G.square().sum(1).mean() - signal
     return dict(prompts=n, signal=signal.item(), noise=rest.item(), ratio=(signal/rest).item(),
                 error=(se/rest).item())
 
+def cosine(G, H):
+    "Of the two mean gradients, without the bias of their noise, and its jackknife error"
+    gg, hh, gh = products(G, G), products(H, H), products(G, H)
+    def without(M): return M.sum() - M.sum(0) - M.sum(1)
+    each = without(gh)/(without(gg)*without(hh)).clamp(min=1e-30).sqrt()
+    n, found = len(G), gh.sum()/(gg.sum()*hh.sum()).clamp(min=1e-30).sqrt()
+    error = ((n - 1)/n*(each - each.mean()).square().sum()).sqrt()
+    return dict(cosine=found.item(), cosine_error=error.item())
+
 def signal(a):
-    "Every way on the same candidates"
-    model = load_model('shapes').add_lora(32, targets=LINEAR, seed=0)
-    groups = candidates(model, prompt_set('shapes', seed=0)[:a.prompts], 8, 10)
-    rows = []
-    for name, way in WAYS.items():
-        rows.append(dict(way=name) | ratio(gradients(model, groups, way)))
-        print(rows[-1])
-    write('learner-signal', dict(candidates=8, S=10, eta=model.eta, rank=32, rows=rows))
+    "Every way on the same candidates of each model, and how far the signal is that of guidance"
+    rows, prompts = [], prompt_set('shapes', seed=0)[:a.prompts]
+    for name in a.models:
+        model = load_model(name, guidance=1., eta=1.).add_lora(32, targets=LINEAR, seed=0)
+        groups = candidates(model, prompts, 8, 10)
+        std = torch.stack([R - R.mean() for _, R, _, _ in groups]).square().mean().sqrt()
+        live = [g for g in groups if not tied(g[1][:, None]).all()]
+        for way, times in WAYS.items():
+            G = torch.stack([of_reward(model, g, times, std) for g in live])
+            rows.append(dict(model=Path(name).name, way=way) | ratio(G))
+            print(rows[-1], flush=True)
+        rows[-1] |= cosine(G, torch.stack([of_guidance(model, g, times) for g in live]))
+        print(rows[-1], flush=True)
+    write('learner-signal', dict(candidates=8, S=10, eta=model.eta, rank=32, guidance=3., rows=rows))
 
 class Watch(Callback):
     "The exam on held-out captions every so often"
@@ -123,6 +151,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = p.add_subparsers(required=True)
     q = sub.add_parser('signal'); q.set_defaults(do=signal); q.add_argument('--prompts', type=int, default=96)
+    q.add_argument('models', nargs='*', default=['shapes'], help='names or folders')
     q = sub.add_parser('run'); q.set_defaults(do=run); q.add_argument('name')
     q.add_argument('--steps', type=int, default=80); q.add_argument('--every', type=int, default=20)
     q.add_argument('--n', type=int, default=120); q.add_argument('--set', action='append')

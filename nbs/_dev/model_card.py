@@ -62,7 +62,8 @@ def measure(n, S):
 
 CARD = """# What lies here
 
-Weights that this repository trained itself, from nothing, on its own procedural world (`worlds.shapes`). \
+Weights that this repository trained itself, from nothing, on its own procedural worlds (`worlds.shapes`, \
+`worlds.layouts`). \
 Apache-2.0.
 
 | folder | what it is, and how it is loaded | made by |
@@ -83,6 +84,10 @@ agrees with held-out choices about as often as the CLIP does (`results/rewards-p
 | `shapes-aesthetic/` | one linear layer on the picture tower of `shapes-clip/`, fitted to the ratings of a \
 made-up taste (warm colours, patterned fills); the reward `aesthetic@shapes` \
 (`results/rewards-preference.json`) | the same command |
+| `layouts-model/` | a transformer of pages, .5 M parameters, with the spreads that the reward `tidy` \
+divides by; `sharpen demo --world layouts` | `make weights` |
+| `layouts-features/` | the features of layout-FID (ours), .2 M parameters: not those of any published score \
+| `make weights` |
 | `results/` | measurements, each with the command that makes it again | the commands named in the files |
 
 All of it is licensed like the code (Apache-2.0). Pictures, captions, choices and ratings are drawn by this \
