@@ -60,8 +60,8 @@ def settings_said(rows:list # From `method_settings`
     return columns([['  ' + r['name'], json.dumps(r['default']), r['about']] for r in rows])
 
 # %% ../../nbs/13_commands/12_lists.ipynb #e57b004e
-GUIDANCE = ('guidance of a method is that of its rollouts alone (--set guidance=3); the option --guidance is the '
-            "model's: of\nthe evaluations before and after, and of rollouts where the setting is 0")
+GUIDANCE = ('guidance of a method is that of its rollouts alone (--set guidance=3); the option --guidance\n'
+            "is the model's: of the evaluations before and after, and of rollouts where the setting is 0")
 
 def methods_said(found:list # From `methods`
                 )->str:

@@ -62,6 +62,7 @@ def check_sampler(guidance:float=None, eta:float=None, S:int=1, # As they were a
         top = 1000 if k in ('S', 'S_eval') else 10**6
         if not 1 <= v <= top: raise ValueError(f'{k}: expected 1 to {top:,}, found {v:,}')
 
+# %% ../../nbs/13_commands/03_load.ipynb #dc1e6626
 def load_model(name:str, # Embedded (`shapes`, …), a folder, or a name on the Hugging Face Hub
                guidance:float=None, # Classifier-free guidance; None: none for embedded models, 5 for others
                lora:str=None, # Folder of a LoRA to put on it

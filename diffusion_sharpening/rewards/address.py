@@ -86,6 +86,7 @@ def unsaid(text:str, # A message
     for k in sorted(filter(None, keys), key=len, reverse=True): text = text.replace(k, HELD_BACK)
     return text
 
+# %% ../../nbs/04_rewards/10_address.ipynb #c4957a65
 def keyless(line:str # What a user typed
            )->str: # The same, every address in it as it may be shown
     "A line for a message on the screen"

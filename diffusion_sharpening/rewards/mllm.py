@@ -372,8 +372,8 @@ class MLLMGrader(Reward):
         last, never = got[-1][1], not (self.counts['graded'] or self.counts['cached'])
         if self.barren >= self.s.patience or never and last == 'no connection':
             c = self.chat
-            raise RewardError(f'mllm: no grade from {shown(c.url)} in {self.barren} batches in a row; the last: '
-                              f'{last}{c.detail}; does it run, and does {c.model!r} see pictures?')
+            raise RewardError(f'mllm: no grade from {shown(c.url)} in {self.barren} batches in a row; '
+                              f'the last: {last}{c.detail}; does it run, and does {c.model!r} see pictures?')
         return [g for g, _ in got]
 
     def score(self, images:Tensor, prompts:list)->Tensor:
@@ -386,7 +386,8 @@ class MLLMGrader(Reward):
         url, _, model = str(self.which).rpartition('#')
         s, model = self.s, Path(model).name
         asked = Cache.key(RUBRIC, s.max_tokens, s.temperature, s.side, self.request)
-        more = dict(model=model, aspects=self.weights, question=asked, server=Cache.key(without_key(url, True)))
+        more = dict(model=model, aspects=self.weights, question=asked,
+                    server=Cache.key(without_key(url, True)))
         return super().identity() | more
 
     def report(self)->dict:

@@ -77,6 +77,7 @@ def _how_many(run, method): # Evaluations of a batch, roughly; ValueError for mo
     said = ', '.join(f'{k}={v:,}' for k, v in dict(batch=run.batch, **parts).items())
     raise ValueError(f'plan: expected at most {MOST:,} evaluations in a batch, found {total:.0e} ({said})')
 
+# %% ../../nbs/12_training/06_plan.ipynb #ab403345
 def evaluations(run:Run, method, # Settings, and the method
                 guidance:float=1., # The model's own, for settings that leave it to the model
                 batches:int=16 # Batches to average over; fewer where they are large

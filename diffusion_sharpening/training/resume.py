@@ -28,7 +28,7 @@ def identity(s, # `State` of the loop
     return {**about, 'method': type(s.method).__name__, **run, **mine}
 
 # %% ../../nbs/12_training/09_resume.ipynb #9e15a648
-def _defaults(s): # Settings that came after a checkpoint was written are as by default, options as they are now
+def _defaults(s): # Settings that came after a checkpoint was written count as what they are by default
     parts = (('run', s.run), ('method', s.method))
     return {f'{part}.{f.name}': f.default for part, o in parts for f in fields(o) if f.name not in FREE}
 

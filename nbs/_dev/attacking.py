@@ -76,7 +76,7 @@ class Child:
             while part := f.read(1 << 16): self.said[fd] += part
 
     def end(self, wait=60.):
-        "Wait for it, at most `wait` seconds in which it worked or slept, not those in which others had the CPU"
+        "Wait for it, at most `wait` seconds in which it worked or slept, not those of others"
         code, spent, at, done = None, 0., self.began, 0.
         while code is None and spent < wait:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
