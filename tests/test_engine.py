@@ -24,11 +24,11 @@ def xl(tmp_path_factory):
     return d
 
 
-def command(xl, out, *more, steps=3, batch=4, **settings):
+def command(xl, out, *more, steps=3, batch=4, method='rlhf', **settings):
     "A training of the tiny pipeline as a command line"
     pairs = [f'{k}={v}' for k, v in (dict(batch=batch, n=2, S=3, rank=2,
                                           checkpoint_every=1) | settings).items()]
-    return [str(a) for a in (*SHARPEN, 'train', 'rlhf', '--model', xl/'xl', '--reward', 'clip@shapes',
+    return [str(a) for a in (*SHARPEN, 'train', method, '--model', xl/'xl', '--reward', 'clip@shapes',
                              '--prompts', xl/'prompts.txt',
                              '--out', out, '--heldout', 0, '--guidance', 1, '--steps', steps,
                              *more, '--set', *pairs)]
@@ -67,6 +67,21 @@ def test_two_processes_equal_one(xl, alone):
     assert [r['nfe'] for r in one] == [r['nfe'] for r in two]
     for k in ('reward', 'loss', 'grad_norm'):
         assert [r[k] for r in one] == pytest.approx([r[k] for r in two], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['flow_grpo', 'ddpo'])
+def test_two_processes_compare_with_the_batch_of_both(xl, method):
+    "Spread and memory of rewards are those of all processes, so the losses are those of one"
+    rows = []
+    for n in (1, 2):
+        out = xl/f'{method}{n}'
+        args = command(xl, out, method=method, **(dict(least=4, memory=4) if method == 'ddpo' else {}))
+        r = run(args) if n == 1 else many(2, args)
+        assert r.returncode == 0, r.stderr[-2000:]
+        rows.append([json.loads(l) for l in (out/'metrics.jsonl').read_text().splitlines()])
+    for k in ('reward', 'loss', 'grad_norm', 'ratio', 'cut'):
+        assert [r[k] for r in rows[0]] == pytest.approx([r[k] for r in rows[1]], rel=1e-3, abs=1e-6)
 
 
 def test_goes_on_with_another_number_of_processes(xl, alone):

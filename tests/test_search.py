@@ -4,9 +4,11 @@ import pytest, torch
 
 pytest.importorskip('diffusers')
 from diffusion_sharpening.basics.seeds import START, fold, noise
-from diffusion_sharpening.maths.rollout import Meter, check_steer, rollout
+from diffusion_sharpening.maths.rollout import Meter, Predictor, check_steer, rollout
+from diffusion_sharpening.maths.samplers import flow_grid, flow_sde_coefs
+from diffusion_sharpening.maths.schedules import Flow, pad_right
 from diffusion_sharpening.models.denoiser import Denoiser
-from diffusion_sharpening.models.tiny import tiny_sdxl
+from diffusion_sharpening.models.tiny import tiny_sd3, tiny_sdxl
 from diffusion_sharpening.rewards.mixture import Combined, borda, rank, zscore
 from diffusion_sharpening.rewards.protocol import Reward
 from diffusion_sharpening.search.catalog import SEARCHES
@@ -156,3 +158,38 @@ def test_without_fresh_noise(net):
     plain = rollout(still, z, net.grid(S), net.encode(PROMPTS)).end
     for name in ('best_of_n', 'zero_order', 'paths'): assert torch.equal(run(still, name, S*G).x0, plain)
     for name in ('free2guide', 'demon', 'fk'): assert torch.equal(run(still, name, S*G).x0, base(net))
+
+
+@pytest.fixture(scope='module')
+def flow(tmp_path_factory):
+    d = tmp_path_factory.mktemp('flow')
+    tiny_sd3(d/'sd3', words=PROMPTS, layers=1, t5=False)
+    return Denoiser.from_pretrained(d/'sd3', guidance=2., device='cpu', size=32, eta=1.)
+
+
+@pytest.mark.parametrize('name', SEARCHES)
+def test_rectified_flow(flow, name):
+    "Searches on SD 3: the base at budget 1×, and the same counts"
+    assert torch.equal(run(flow, name, S*G).x0, base(flow))
+    nfe, calls = COUNTS[name](2)
+    res = run(flow, name, nfe)
+    assert (res.nfe, res.calls) == (nfe, calls) and res.x0.isfinite().all()
+
+
+def test_stochastic_flow_step_keeps_the_law():
+    "Normal data under the exact velocity: 400 stochastic steps keep it, and without noise a step is Euler's"
+    sch, mean, var = Flow(), 1., .25
+    def predict(x, t, cond=None):
+        a, s = (pad_right(o, x) for o in sch.alpha_sigma(t))
+        x0 = mean + a*var/(a*a*var + s*s)*(x - a*mean)
+        return x0, (x - a*x0)/s
+    model, seeds = Predictor(predict, sch, (1,)), fold(0, torch.arange(20_000))
+    z, ts = noise(seeds, START, (1,)), flow_grid(400)
+    end = rollout(model, z, ts, eta=.7, seeds=seeds, keep=False, coefs=flow_sde_coefs).end
+    assert abs(end.mean() - 1) < .02 and abs(end.std() - .5) < .02
+    x, ts = z[:100], flow_grid(10)
+    for t, s in zip(ts, ts[1:]):
+        x0, eps = predict(x, t.expand(100))
+        x = x + (s - t)*(eps - x0)
+    quiet = rollout(model, z[:100], flow_grid(10), eta=0., coefs=flow_sde_coefs).end
+    assert torch.allclose(quiet, x, atol=1e-4)

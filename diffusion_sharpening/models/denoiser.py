@@ -72,6 +72,8 @@ def _resize(self:Denoiser, size):  # Picture size in pixels and shape of latents
     if h % f or w % f or not 1 <= min(h, w) <= max(h, w) <= 16_384:
         raise ValueError(f'size: expected multiples of {f} pixels up to 16,384, found {h:,} x {w:,}')
     self.item = net.in_channels, h//f, w//f
+    if (p := net.get('patch_size')) and (self.item[1] % p or self.item[2] % p):
+        raise ValueError(f'size: expected multiples of {f*p} pixels, found {h} x {w}')
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #2404ef13
 @patch(as_prop=True)
@@ -85,11 +87,19 @@ def text_encoders(self:Denoiser) -> list:
     "The text encoders, transformers modules; None where they were freed"
     return [getattr(self.pipe, o) for o in self.family.text_encoders]
 
+# %% ../../nbs/03_models/12_denoiser.ipynb #0e1ea8cb
+@patch(as_prop=True)
+def blind(self:Denoiser) -> bool:
+    "Whether all text encoders are gone"
+    return all(o is None for o in self.text_encoders)
+
 # %% ../../nbs/03_models/12_denoiser.ipynb #3a76d17a
 @patch(as_prop=True)
 def multiple(self:Denoiser) -> int:
     "Pixels that the sides of a picture should be a multiple of"
-    return self.pipe.vae_scale_factor*2**(len(self.network.config.block_out_channels) - 1)
+    cfg = self.network.config
+    halved = cfg.get('patch_size') or 2**(len(cfg.get('block_out_channels', [0])) - 1)
+    return self.pipe.vae_scale_factor*halved
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #f505c341
 @patch(as_prop=True)
@@ -129,7 +139,7 @@ def _cached(self:Denoiser, prompt, negative=False):  # Features of one prompt, o
 @patch
 @torch.no_grad()
 def _features(self:Denoiser, prompt, negative):
-    if self.text_encoders[0] is None:
+    if self.blind:
         raise ValueError(f'encode: text encoders were freed; this prompt was not encoded before: {prompt!r}')
     f = self.family.encode_negative if negative else self.family.encode
     return f(self.pipe, prompt).to('cpu')
@@ -268,7 +278,7 @@ def save_pipeline(self:Denoiser,
     dir # Folder
 ):
     "Save a fully fine-tuned model as a diffusers pipeline"
-    if self.text_encoders[0] is None:
+    if self.blind:
         raise ValueError('save_pipeline: the text encoders were freed; they are part of a pipeline')
     if self.policies.carried or self.named and not self.full:
         raise ValueError('save_pipeline: there are adapters; use save_lora')
@@ -286,7 +296,7 @@ def cast(self:Denoiser,
         raise ValueError('cast: expected a model that does not learn yet, before add_lora or add_full')
     self.pipe.to(dtype); keep_in_range(self.pipe.vae)
     if self.score_vae is not None: self.score_vae.to(dtype)
-    if self.text_encoders[0] is not None: self.cache = Features(self.cache.most)
+    if not self.blind: self.cache = Features(self.cache.most)
     self.dtype, self.memo = dtype, None
     return self
 
@@ -296,4 +306,5 @@ def grid(self:Denoiser,
     S:int # Sampler steps
 ) -> Tensor: # `(S+1,)`, from noise to the clean end
     "The times of an `S`-step sampler, spaced as the model's scheduler config says"
-    return times_of(self.pipe.scheduler, S)
+    p = self.network.config.get('patch_size')
+    return times_of(self.pipe.scheduler, S, p and self.item[1]*self.item[2]//p**2)

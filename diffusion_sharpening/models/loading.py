@@ -65,10 +65,12 @@ def load_part(
     return net
 
 # %% ../../nbs/03_models/09_loading.ipynb #47048cee
-def _networks(name):  # Part → class of every network that makes pictures, as `model_index.json` has them
+def _index(name):  # What `model_index.json` says
     from diffusers import DiffusionPipeline
-    try: index = DiffusionPipeline.load_config(str(name))
+    try: return DiffusionPipeline.load_config(str(name))
     except Exception as e: raise _load_error(str(name), e) from None
+
+def _networks(index):  # Part → class of every network that makes pictures
     pairs = {k: v for k, v in index.items() if isinstance(v, (list, tuple))}
     parts = {k: v for k, v in pairs.items() if v[0] in ('diffusers', 'transformers')}
     kinds = {k: getattr(importlib.import_module(lib), kind, None) for k, (lib, kind) in parts.items()}
@@ -132,12 +134,13 @@ def check_scales(
     pipe # The pipeline
 ):
     "Are the numbers that scale latents, sizes and times of a pipeline such numbers?"
-    scale, size = pipe.vae.config.scaling_factor, pipe.unet.config.sample_size
+    part = 'unet' if getattr(pipe, 'unet', None) else 'transformer'
+    scale, size = pipe.vae.config.scaling_factor, getattr(pipe, part).config.sample_size
     if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f'model: {name}: vae: scaling_factor: expected a number above 0, '
                          f'found {brief(scale)}')
     if not all(isinstance(o, int) and o > 0 for o in (size if isinstance(size, (list, tuple)) else [size])):
-        raise ValueError(f'model: {name}: unet: sample_size: expected a side above 0, found {brief(size)}')
+        raise ValueError(f'model: {name}: {part}: sample_size: expected a side above 0, found {brief(size)}')
     betas = getattr(pipe.scheduler, 'betas', None)
     if betas is not None and not (betas >= 0).logical_and(betas <= 1).all():
         raise ValueError(f'model: {name}: scheduler: expected noise shares (betas) from 0 to 1, found '
@@ -153,8 +156,11 @@ def load_pipeline(
     from diffusers import DiffusionPipeline
     _check_name(name)
     check_configs(name)
-    parts = {k: load_part(name, k, c, dtype, variant) for k, c in _networks(name).items()}
-    if Path(name).is_dir(): variant = variant_of(Path(name)/'unet', variant)
+    index = _index(name)
+    parts = {k: load_part(name, k, c, dtype, variant) for k, c in _networks(index).items()}
+    parts |= {k: None for k, v in index.items() if v == [None, None]}       # left out on purpose
+    network = 'unet' if 'unet' in parts else 'transformer'
+    if Path(name).is_dir(): variant = variant_of(Path(name)/network, variant)
     try:
         pipe = DiffusionPipeline.from_pretrained(str(name), dtype=dtype, variant=variant,
                                                  use_safetensors=True, **parts)
@@ -163,7 +169,8 @@ def load_pipeline(
         enc = pipe.components.get(k.replace('tokenizer', 'text_encoder'))
         if k.startswith('tokenizer') and tok is not None and enc is not None:
             check_tokenizer(name, k, len(tok), enc.config.vocab_size)
-            check_length(name, k, tok.model_max_length, enc.config.max_position_embeddings)
+            places = getattr(enc.config, 'max_position_embeddings', None)
+            if places: check_length(name, k, tok.model_max_length, places)
     check_scales(name, pipe)
     return pipe.to(dtype)
 

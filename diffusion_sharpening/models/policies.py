@@ -9,6 +9,7 @@ __all__ = ['ATTENTION', 'LINEAR', 'carried', 'Policies', 'adapter_weights']
 import os, tempfile, torch, warnings
 from contextlib import contextmanager
 from fastcore.basics import patch
+from inspect import signature
 from pathlib import Path
 from torch import Tensor
 from ..basics.words import one_of
@@ -209,7 +210,10 @@ def save_lora(self:Policies,
     if dir.is_file(): raise ValueError(f'LoRA: expected a folder to save to, found the file {dir}')
     dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=dir) as tmp:
-        pipeline.save_lora_weights(tmp, unet_lora_layers=weights, unet_lora_adapter_metadata=meta)
+        takes = signature(pipeline.save_lora_weights).parameters
+        part = 'unet' if 'unet_lora_layers' in takes else 'transformer'
+        pipeline.save_lora_weights(tmp, **{f'{part}_lora_layers': weights,
+                                           f'{part}_lora_adapter_metadata': meta})
         os.replace(f'{tmp}/{lora_file}', dir/lora_file)
     return dir/lora_file
 

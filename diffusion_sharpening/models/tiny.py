@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['byte_symbols', 'learn_merges', 'make_tokenizer', 'make_text_encoder', 'make_vae', 'tiny_vae', 'make_unet',
-           'tiny_sdxl', 'tiny_sd']
+           'tiny_sdxl', 'tiny_sd', 'make_t5', 'tiny_sd3']
 
 # %% ../../nbs/03_models/02_tiny.ipynb #1f29a9f3
 import json, math, re, tempfile
@@ -91,6 +91,7 @@ def make_vae(
     latent_channels:int=4, # Channels of the latents
     size:int=64, # Picture side in pixels
     scale:float=.13025, # Latents are multiplied by this after encoding (SDXL .13025, SD 1.x .18215)
+    shift:float=None, # Taken from latents before that (SD 3 .0609)
 ): # `AutoencoderKL`
     "A variational autoencoder with random weights"
     from diffusers import AutoencoderKL
@@ -98,7 +99,8 @@ def make_vae(
     return AutoencoderKL(
         down_block_types=('DownEncoderBlock2D',)*n, up_block_types=('UpDecoderBlock2D',)*n,
         block_out_channels=channels, layers_per_block=layers, latent_channels=latent_channels,
-        norm_num_groups=_groups(channels), sample_size=size, scaling_factor=scale).eval()
+        norm_num_groups=_groups(channels), sample_size=size, scaling_factor=scale,
+        shift_factor=shift).eval()
 
 # %% ../../nbs/03_models/02_tiny.ipynb #87c86aea
 def tiny_vae(
@@ -222,5 +224,45 @@ def tiny_sd(
             unet=make_unet(text, 0, channels, layers, attn, head_dim, 1, latent_channels, sample_size),
             scheduler=_scheduler(scheduler, prediction),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        pipe.save_pretrained(dir)
+    return pipe
+
+# %% ../../nbs/03_models/02_tiny.ipynb #0ea6589d
+def make_t5(width:int=32): # Hidden size; a tokenizer of single characters and its `T5EncoderModel`
+    "A T5 tokenizer and encoder with random weights"
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+    pieces = ['<pad>', '</s>', '<unk>', '▁', *map(chr, range(33, 127)), *map(chr, range(256, 512))]
+    tok = T5Tokenizer(vocab=[(o, -1.) for o in pieces], extra_ids=0, model_max_length=256)
+    cfg = T5Config(vocab_size=len(tok), d_model=width, d_kv=width//2, d_ff=2*width, num_layers=1, num_heads=2,
+                   feed_forward_proj='gated-gelu')
+    return tok, T5EncoderModel(cfg).eval()
+
+# %% ../../nbs/03_models/02_tiny.ipynb #fa65bf91
+def tiny_sd3(
+    dir, # Folder to save the pipeline to
+    words:list=None, # Words that are one token each for the CLIPs; none: single characters
+    text:tuple=(16, 24), # Widths of the two CLIP encoders
+    layers:int=2, # Transformer blocks
+    sample_size:int=8, # Side of the latents
+    t5:bool=True, # With the third text encoder?
+    seed:int=0, # Seed of the random weights
+    **flow # Settings of the scheduler, such as `shift` or `use_dynamic_shifting`
+): # `StableDiffusion3Pipeline`, saved in `dir`
+    "A `StableDiffusion3Pipeline` with random weights"
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as tmp:
+        torch.manual_seed(seed)
+        toks = [make_tokenizer(f'{tmp}/{i}', words, 16, p) for i, p in enumerate(('<|endoftext|>', '!'))]
+        encs = [make_text_encoder(t, w, 2, 2, True) for t, w in zip(toks, text)]
+        tok, enc = make_t5(48) if t5 else (None, None)
+        net = SD3Transformer2DModel(
+            sample_size=sample_size, patch_size=2, in_channels=4, out_channels=4, num_layers=layers,
+            attention_head_dim=8, num_attention_heads=4, joint_attention_dim=48, caption_projection_dim=32,
+            pooled_projection_dim=sum(text), pos_embed_max_size=2*sample_size).eval()
+        pipe = StableDiffusion3Pipeline(
+            transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(**dict(shift=3.) | flow),
+            vae=make_vae((8, 8, 8, 8), 1, 4, 8*sample_size, 1.5305, .0609),
+            text_encoder=encs[0], tokenizer=toks[0], text_encoder_2=encs[1], tokenizer_2=toks[1],
+            text_encoder_3=enc, tokenizer_3=tok)
         pipe.save_pretrained(dir)
     return pipe
