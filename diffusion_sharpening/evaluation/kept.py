@@ -60,6 +60,7 @@ def scored_anew(e:Evaluation, # As it was read
         was, now = e.scores[k][:FEW], r(e.images[:FEW], e.prompts[:FEW]).cpu()
         if torch.allclose(was, now, 1e-3, 1e-3, equal_nan=True): continue
         warnings.warn(f'{k} scores the same pictures otherwise than when this run began '
-                      f'({was.mean():.4g} then, {now.mean():.4g} now); the evaluation before training is scored anew')
+                      f'({was.mean():.4g} then, {now.mean():.4g} now); the evaluation before training is '
+                      'scored anew')
         e = replace(e, scores=e.scores | {k: r(e.images, e.prompts).cpu()})
     return e
