@@ -9,7 +9,7 @@ import attack_inputs, attack_runs, attack_servers
 from attacking import GROUPS, Kit, attempt
 
 # How many of a slow group are left out for each that is tried here; the others of these groups take longer
-STEP = {'hostile servers': 12, 'closed pipes': 20, 'records cut at every byte': 300,
+STEP = {'hostile servers': 12, 'closed pipes': 20, 'records cut at many bytes': 20,
         'readers of damaged runs': 20,
         'reward code': 12, 'lora files': 7, 'full disks': 20, 'folders of models': 24, 'edited records': 30,
         'damaged checkpoints': 11, 'prompts': 12, 'signals': 12, 'surroundings': 15}

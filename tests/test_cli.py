@@ -1,16 +1,20 @@
 "The commands: what they write, and that wrong input is one clear line, exit code 2 and nothing written"
-import json, os, signal, subprocess, sys
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
 from PIL import Image
 
 import diffusion_sharpening
+from diffusion_sharpening.basics.devices import Device
 from diffusion_sharpening.commands import cli, job, report as reports, train as command
 from diffusion_sharpening.evaluation.measure import report
 from diffusion_sharpening.commands.load import load_model
 from diffusion_sharpening.commands.report import table
+from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.rewards.protocol import Reward
+from diffusion_sharpening.rewards.remote import serving
+from diffusion_sharpening.training import advice
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.worlds.shapes.draw import prompts
 
@@ -409,19 +413,23 @@ def test_serve_reward_answers_a_remote_reward(tmp_path, monkeypatch, capsys):
     try:
         url = server.stdout.readline().split('--reward remote@')[1].strip()
         args = ['--heldout', 2, '--S-eval', 1, '--set', *small]
-        out, keyed = tmp_path/'out', f'remote@{url}?token=SECRET123#patience=1'
+        keyed = f'remote@{url}/k/SECRET123Zk9dK2aQ/s?token=SECRET123#patience=1'
+        out = tmp_path/'out'
         train = ['train', 'rlhf', '--out', out, '--reward', keyed, '--steps', 1]
         assert call(monkeypatch, *train, *args) == 0
         assert 'types --reward again' in capsys.readouterr().out
         assert call(monkeypatch, 'evaluate', '--reward', f'remote@{url}', '--n', 2, '--S', 1) == 0
         assert call(monkeypatch, 'train', 'rlhf', '--resume', out, '--steps', 2) == 2     # no key
-        one_line(capsys.readouterr().err, 'resume: what followed ? in the address of the reward')
+        one_line(capsys.readouterr().err, 'resume: a part of the address of the reward')
         assert call(monkeypatch, 'train', 'rlhf', '--resume', out, '--reward', keyed, '--steps', 2) == 0
         assert json.loads((out/'report.json').read_text())['batches'] == 2
         files = [p for p in out.rglob('*') if p.is_file()]
         assert len(files) > 8 and not [p for p in files if b'SECRET123' in p.read_bytes()]
         server.send_signal(signal.SIGTERM)
         assert server.wait(20) == 0 and server.stderr.read() == ''
+        assert call(monkeypatch, 'train', 'rlhf', '--resume', out, '--reward', keyed, '--steps', 3) == 2
+        res = capsys.readouterr()
+        assert 'gave no scores' in res.err and 'SECRET' not in res.out + res.err      # of the whole test
     finally: server.kill()
 
 
@@ -440,6 +448,114 @@ def test_before_is_measured_once(xl, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, 'content', lambda path: 'other code')
     assert call(monkeypatch, 'train', 'rlhf', '--resume', tmp_path/'out', '--steps', 3) == 0
     assert said not in capsys.readouterr().out
+
+
+class Changes(Reward):
+    name, more = 'changes', 0.
+    def score(self, images, prompts): return images.mean((1, 2, 3)) + self.more
+
+
+def test_a_server_that_changed_is_noticed(xl, tmp_path, monkeypatch, capsys):
+    "Its scores of before the training are made anew, on the pictures that were kept, and this is said"
+    judge = Changes()
+    with serving(judge) as url:
+        args = ['--model', xl, '--reward', f'remote@{url}', '--heldout', 2, '--S-eval', 1, '--steps', 1,
+                '--out', tmp_path/'out', '--set', *small]
+        assert call(monkeypatch, 'train', 'rlhf', *args) == 0
+        first = json.loads((tmp_path/'out/report.json').read_text())
+        judge.more = .5
+        assert call(monkeypatch, 'train', 'rlhf', '--resume', tmp_path/'out', '--steps', 2) == 0
+    assert 'warning: remote scores the same pictures otherwise' in capsys.readouterr().err
+    again = json.loads((tmp_path/'out/report.json').read_text())
+    was, now = (o['before']['judges']['remote']['overall']['mean'] for o in (first, again))
+    assert now - was == pytest.approx(.5, abs=1e-3)
+    assert abs(again['delta']['judges']['remote']['overall']['mean']) < .4
+
+
+never = {'plan rlhf --set n=1000000000': 'n: expected at most 10000', 'plan ddpo --set updates=1000000000':
+         'updates: expected', 'plan nft --set batch=1000000': 'plan: expected at most 10,000,000 evaluations',
+         'plan rlhf --set n=9999 updates=9999': 'found 8e+09 (batch=8, n=9,999', 'plan rlhf --px 1000000000':
+         'px: expected a multiple of', 'plan rlhf --S-eval 1000000000': 'S_eval: expected 1 to 1,000',
+         'plan rlhf --heldout 1000000000': 'heldout: expected 0 to', 'plan rlhf --guidance 0': 'at least 1',
+         'sample --n 1000000000': 'n: expected 1 to', 'sample --S 1000000000': 'S: expected 1 to 1,000',
+         'sample --px 1000000000': 'up to 16,384', 'evaluate --n 1000000': 'prompts of Shapes',
+         'evaluate --S 1000000000': 'S: expected 1 to 1,000'}
+
+@pytest.mark.parametrize('line', never)
+def test_numbers_that_would_take_forever(monkeypatch, capsys, line):
+    began = time.process_time()
+    assert call(monkeypatch, *line.split()) == 2
+    one_line(capsys.readouterr().err, never[line])
+    assert time.process_time() - began < 5
+
+
+def test_guidance_of_a_method_and_of_a_model(xl, tmp_path, monkeypatch, capsys):
+    "The setting is the rollouts' alone; the option is the model's, and theirs where the setting is 0"
+    args = ['--model', xl, '--reward', 'checker!', '--heldout', 2, '--S-eval', 1, '--steps', 1]
+    found = {}
+    for own, model in ((0, 1), (0, 3), (1, 3)):
+        out = tmp_path/f'{own}{model}'
+        assert call(monkeypatch, 'train', 'rlhf', *args, '--guidance', model, '--out', out, '--set', *small,
+                    f'guidance={own}', 'updates=1') == 0
+        rep = json.loads((out/'report.json').read_text())
+        found[own, model] = rep['nfe_per_image']['before'], rep['nfe_training']
+        assert (rep['guidance'], rep['settings']['method']['guidance']) == (model, own)
+    (one, plain), (two, asked), (same, spared) = found.values()
+    assert two == same == 2*one and plain == spared < asked
+    capsys.readouterr()
+    for line in (['train', 'rlhf', '--help'], ['methods']):
+        assert cli.run(line) == 0
+        assert 'of its rollouts alone (--set guidance=3)' in capsys.readouterr().out
+    alone = ['--out', tmp_path/'x', '--set', 'guidance=3']
+    assert call(monkeypatch, 'train', 'standard', *args[:-2], *alone) == 2
+    one_line(capsys.readouterr().err, "setting 'guidance': expected one of the method or the run; give it as")
+
+
+def test_pictures_are_made_in_chunks_that_fit(xl, tmp_path, monkeypatch, capsys):
+    "By sample and evaluate, as by train; where not one fits, that is a line"
+    asked, real = [], Denoiser.output
+    def output(self, x, t, cond):
+        asked.append(len(x))
+        return real(self, x, t, cond)
+    monkeypatch.setattr(Denoiser, 'output', output)
+    make = ['--model', xl, '--prompts', 'shapes', '--guidance', 1, '--n', 3, '--S', 1]
+    lines = (['sample', *make, '--out', tmp_path/'out'], ['evaluate', *make, '--reward', 'clip@shapes'])
+    for memory, chunks in ((64., [3]), (.0066, [1, 1, 1])):
+        dev = Device('a card', memory, 1., 1.)
+        monkeypatch.setattr(advice, 'device_here', lambda d: dev)
+        for line in lines:
+            asked.clear()
+            assert call(monkeypatch, *line) == 0
+            assert asked == chunks, (memory, line)
+    dev = Device('a card', .001, 1., 1.)
+    for line in lines:
+        capsys.readouterr()
+        assert call(monkeypatch, *line) == 2
+        one_line(capsys.readouterr().err, 'px: expected a picture that fits in 0.001 GiB of a card')
+
+
+def test_the_embedded_model_at_another_size(monkeypatch, capsys):
+    "It is measured without its exam, which reads pictures of 64 pixels, and a warning says so"
+    assert call(monkeypatch, 'evaluate', '--px', 96, '--S', 1, '--n', 2, '--json') == 0
+    res = capsys.readouterr()
+    assert [*json.loads(res.out)['judges']] == ['clip']
+    assert 'warning: measured without the exam: checker: expected images (B, 3, 64, 64)' in res.err
+
+
+def test_texts_that_are_too_long(xl, tmp_path, monkeypatch, capsys):
+    "Are refused with file and row, by every command that reads them"
+    (tmp_path/'p.txt').write_text('a dog\n' + 'a'*500_001 + '\n')
+    (tmp_path/'p.csv').write_text('prompt\na dog\n' + 'a'*500_001 + '\n')
+    (tmp_path/'pics').mkdir()
+    for k in 'ab': Image.new('RGB', (64, 64)).save(tmp_path/f'pics/{k}.png')
+    for name in ('p.txt', 'p.csv'):
+        said = f'{tmp_path}/{name}, row 2: expected a text'
+        for line in (['sample', '--model', xl, '--out', tmp_path/'out', '--prompts', tmp_path/name],
+                     ['score', '--images', tmp_path/'pics', '--reward', 'clip@shapes', '--prompts',
+                      tmp_path/name],
+                     ['train', 'rlhf', '--model', xl, '--out', tmp_path/'out', '--prompts', tmp_path/name]):
+            res = refused(monkeypatch, capsys, tmp_path/'out', said, *line)
+            assert 'at most 500,000 characters, found 500,001' in res.err
 
 
 def test_cut_prompts_are_said_once(xl, tmp_path, monkeypatch, capsys):
@@ -559,6 +675,18 @@ def test_ascii_terminal():
     for argv, rc in (['--help'], 0), (['rewards'], 0), (['tráin'], 2):
         res = subprocess.run([sys.executable, '-c', code, *argv], capture_output=True, text=True, env=env)
         assert res.returncode == rc and 'Traceback' not in res.stderr, res.stderr
+
+
+@pytest.mark.slow
+def test_names_under_an_ascii_locale(xl, tmp_path):
+    "A training whose prompts and folder have names that the locale cannot spell"
+    (tmp_path/'préambule.txt').write_text('ein grüner Stern\n日本の車\na 🐈\n', encoding='utf-8')
+    env = dict(os.environ, PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', LC_ALL='C', OMP_NUM_THREADS='1')
+    argv = ['train', 'rlhf', '--model', xl, '--reward', 'clip@shapes', '--prompts', 'préambule.txt']
+    argv += ['--heldout', '1', '--S-eval', '1', '--steps', '1', '--out', 'ü', '--set', *small]
+    res = subprocess.run([sys.executable, '-m', 'diffusion_sharpening', *argv], capture_output=True,
+                         text=True, env=env, cwd=tmp_path)
+    assert res.returncode == 0 and (tmp_path/'ü/before_after.png').exists(), res.stderr
 
 
 long = 'x'*300

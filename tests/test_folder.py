@@ -1,5 +1,5 @@
 "The folder of a run: whose it is, what is refused there, and that nothing of anybody is lost"
-import json, signal, subprocess, sys, time
+import json, shutil, signal, subprocess, sys, time
 
 import pytest, torch
 from safetensors.torch import load_file
@@ -85,6 +85,29 @@ def test_damaged_checkpoints_survive(made, tmp_path):
     before = inside(tmp_path)
     with pytest.raises(ValueError, match='holds a damaged run'): go(made, tmp_path)
     with pytest.raises(ValueError, match='no whole checkpoint'): resume('rlhf', tmp_path)
+    assert inside(tmp_path) == before
+
+
+@pytest.mark.parametrize('name, value', [('heldout', None), ('guidance', 3), ('px', 72)])
+def test_an_edited_record_is_another_run(finished, tmp_path, name, value):
+    "What was trained on, and how, is in the checkpoint too"
+    shutil.copytree(finished, tmp_path/'a')
+    record = json.loads((tmp_path/'a/run.json').read_text())
+    (tmp_path/'a/run.json').write_text(json.dumps(record | {name: value}))
+    before = inside(tmp_path)
+    with pytest.raises(ValueError, match=f'{name} was .* when this run was saved and is {value} now'):
+        resume('rlhf', tmp_path/'a', steps=3)
+    assert inside(tmp_path) == before
+
+
+def test_a_folder_in_the_place_of_a_file(finished, tmp_path):
+    "Is said before anything is trained"
+    shutil.copytree(finished, tmp_path/'a')
+    (tmp_path/'a/report.json').unlink()
+    (tmp_path/'a/report.json').mkdir()
+    before = inside(tmp_path)
+    with pytest.raises(ValueError, match='expected a file .*report.json, found a folder; move it away'):
+        resume('rlhf', tmp_path/'a', steps=3)
     assert inside(tmp_path) == before
 
 

@@ -352,6 +352,8 @@ def test_a_run_that_does_not_fit_says_what_would(folders, tmp_path, capsys, monk
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith('sharpen: plan: ') and 'it would fit with --set ' in line
     more = line.split('--set ')[1].split()
+    asked = [a for a in args if a not in ('--out', str(tmp_path/'run'))]
+    assert cli.run(['plan', *asked[1:]]) == 0 and line.split('; ')[1] in capsys.readouterr().out
     with pytest.raises(SystemExit) as e: cli.main([*args, *more])
     assert e.value.code == 0, capsys.readouterr().err
 

@@ -45,7 +45,9 @@ def write_json(path, # File to write or to replace
                data # What JSON can hold; numbers that are not finite become null
               )->Path: # The file
     "Write JSON, whole or not at all"
-    return write_whole(path, json.dumps(finite(data), indent=1, ensure_ascii=False, allow_nan=False)+'\n')
+    def text(ascii): return json.dumps(finite(data), indent=1, ensure_ascii=ascii, allow_nan=False) + '\n'
+    try: return write_whole(path, text(False).encode())
+    except UnicodeEncodeError: return write_whole(path, text(True))  # file names, where the locale knows no é
 
 # %% ../../nbs/01_basics/02_files.ipynb #ab455a1f
 def parse_json(text:str, # A JSON document

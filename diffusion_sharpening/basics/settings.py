@@ -15,8 +15,8 @@ def within(default, # Default, whose type is that of the setting
            lo=None, hi=None, # Smallest and largest value allowed; None: no bound
            above=None, below=None # Bounds that are themselves not allowed
           ): # A dataclass field
-    "A number with its range; a whole number without a largest one goes to 10⁹"
-    if type(default) is int and hi is None and below is None: hi = 10**9
+    "A number with its range; a whole number without a largest one goes to 10⁴"
+    if type(default) is int and hi is None and below is None: hi = 10**4
     return field(default=default, metadata=dict(lo=lo, hi=hi, above=above, below=below))
 
 # %% ../../nbs/01_basics/05_settings.ipynb #13c4b95b

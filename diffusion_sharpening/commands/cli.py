@@ -197,10 +197,12 @@ def help_of(name:str, # One of `COMMANDS`
     "The help of a command"
     named, method = dict(zip(argv, argv[1:])), argv[0]
     if not COMMANDS[name].settings or method[0] == '-': return parser(name).format_help()
-    from diffusion_sharpening.commands.lists import method_settings, settings_said
+    from diffusion_sharpening.commands.lists import GUIDANCE, method_settings, settings_said
     preset = named.get('--preset', 'default')
-    rows = settings_said(method_settings(method, preset))
-    return f'{parser(name).format_help()}\nsettings of {method} ({preset}), with --set NAME=VALUE:\n{rows}'
+    rows = method_settings(method, preset)
+    more = f'\n\n{GUIDANCE}'*any(r['name'] == 'guidance' for r in rows)
+    head = f'{parser(name).format_help()}\nsettings of {method} ({preset}), with --set NAME=VALUE:\n'
+    return head + settings_said(rows) + more
 
 # %% ../../nbs/13_commands/14_cli.ipynb #47bc54fa
 def _of_method(a, name): # A setting of the method with the name of an option, told apart from it

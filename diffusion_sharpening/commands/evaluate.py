@@ -8,11 +8,12 @@ __all__ = ['evaluate', 'said', 'score_said']
 # %% ../../nbs/13_commands/10_evaluate.ipynb #76140b5e
 from ..basics.console import columns, number
 from .heldout import check_judges, default_prompts, heldout_number, judges
-from .load import as_trained, base_of, load_model
+from .load import as_trained, base_of, check_sampler, load_model
 from ..data.tables import prompt_set
 from ..evaluation.measure import evaluate as measure, report
 from ..evaluation.tables import measured_table
 from ..names.catalog import load_reward
+from ..training.advice import pictures_at_once
 from ..worlds.world import usual_reward, world_of
 
 # %% ../../nbs/13_commands/10_evaluate.ipynb #dd3c8991
@@ -32,16 +33,16 @@ def evaluate(
     "Measure a model on held-out prompts"
     model = base_of(model, lora)
     n, world = heldout_number(n, model), world_of(model)
-    if n < 1: raise ValueError(f'n: expected at least one prompt, found {n}')
+    check_sampler(guidance, eta, S, n=n)
     prompts = prompts or default_prompts(model)
     texts = prompt_set(prompts, n, 'heldout', seed=1)[:n]
     reward = reward or usual_reward(model)
     r = load_reward(reward, world and world.name, train=False)
-    d = as_trained(load_model(model, guidance, lora, px=px, variant=variant, eta=eta), lora, S)
-    asked = judges(r, texts, model)
-    check_judges(asked, texts, d)
+    d = load_model(model, guidance, lora, px=px, variant=variant, eta=eta)
+    chunk, d = pictures_at_once(d), as_trained(d, lora, S)
+    asked = check_judges(judges(r, texts, model), texts, d)
     d.say_cut(texts)
-    e = measure(d, texts, asked, S, seed=seed)
+    e = measure(d, texts, asked, S, seed=seed, chunk=chunk)
     return dict(model=model, lora=lora, judge=reward, prompts=prompts, heldout_prompts=len(texts), S=S,
                 guidance=d.guidance, nfe_per_image=e.nfe, **report(e))
 

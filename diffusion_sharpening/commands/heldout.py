@@ -6,7 +6,7 @@
 __all__ = ['split_prompts', 'default_prompts', 'heldout_number', 'heldout_prompts', 'judges', 'check_judges']
 
 # %% ../../nbs/13_commands/06_heldout.ipynb #ee653a52
-import hashlib
+import hashlib, warnings
 from ..basics.seeds import START, noise
 from ..data.tables import prompt_set
 from ..worlds.world import WORLDS, world_of
@@ -34,7 +34,7 @@ def heldout_number(n, # As it was asked for, or None
                   )->int: # ValueError for less than 0
     "How many prompts are measured"
     if n is None: return 240 if world_of(model) else 24
-    if n < 0: raise ValueError(f'heldout: expected at least 0 prompts, found {n}')
+    if not 0 <= n <= 10**6: raise ValueError(f'heldout: expected 0 to 1,000,000 prompts, found {n:,}')
     return n
 
 # %% ../../nbs/13_commands/06_heldout.ipynb #539a9bc9
@@ -69,13 +69,19 @@ def judges(reward, # The trained reward
     exam = {w.exam.name: w.exam} if w and w.exam and w.knows(prompts) else {}
     return {reward.name: reward} | exam
 
-# %% ../../nbs/13_commands/06_heldout.ipynb #bd817e44
+# %% ../../nbs/13_commands/06_heldout.ipynb #954d2f4e
 @torch.no_grad()
-def check_judges(judges:dict, # Name → reward
+def check_judges(judges:dict, # Name → reward, the one that is followed first
                  prompts:list, # What they will be asked about
                  model # The model, whose pictures they will see
-                )->None: # ValueError of the judge that cannot
-    "Ask each judge once, before any work is done"
+                )->dict: # Those that can; ValueError of the first if it cannot
+    "Ask each judge once, before any work is done; an exam that cannot judge is left out, with a warning"
     texts = (list(prompts[:2])*2)[:2]
     pictures = model.show(noise(torch.arange(2), START, model.item, model.device)).cpu()
-    for r in judges.values(): r(pictures, texts)
+    own, *exams = judges
+    judges[own](pictures, texts)
+    return {own: judges[own]} | {k: judges[k] for k in exams if _can(judges[k], pictures, texts)}
+
+def _can(exam, pictures, texts):
+    try: return exam(pictures, texts) is not None
+    except ValueError as e: return warnings.warn(f'measured without the exam: {e}')

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from .heldout import check_judges, heldout_number, heldout_prompts, judges
 from .interchange import check_decode
-from .load import load_model
+from .load import check_sampler, load_model
 from ..data.latents import Latents, latents_dir
 from ..data.pictures import image_pairs
 from ..data.preferences import (
@@ -20,6 +20,7 @@ from ..data.sources import Columns, Pictures, Prompts, StoredPictures
 from ..data.tables import prompt_set
 from ..names.catalog import load_reward
 from ..rewards.preference import split_pairs
+from ..training.advice import pictures_at_once
 from ..training.run import Run, settings
 from ..worlds.world import WORLDS, world_of
 
@@ -108,7 +109,7 @@ def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:st
            variant:str=None, vae:str=None # All as for `train`
           )->Job: # ValueError for what cannot be
     "Load everything that a run needs"
-    if S_eval < 1: raise ValueError(f'S_eval: expected at least one sampler step, found {S_eval}')
+    check_sampler(guidance, S_eval=S_eval)
     run, made = settings(method, preset, **changes)
     world, n, own = world_of(model), heldout_number(heldout, model), own_pairs(made, images)
     if run.validate_every and not n:
@@ -119,11 +120,12 @@ def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:st
     texts = None if own else prompts_of(prompts, heldout_prompts, n, run.seed)
     judge = load_reward(reward, world and world.name)
     d = load_model(model, guidance, None, run.precision, px, variant, vae)
+    pictures_at_once(d)                                          # or not one fits
     check_decode(d)
     pairs = _opened(d, images, run) if own else images or world and world.name
     train_on, held, split = texts or prompts_of(prompts, heldout_prompts, n, run.seed, pairs.captions, images)
-    source, exams = source_of(d, made, run, train_on, held, pairs), judges(judge, held or train_on[:1], model)
-    check_judges(exams, held or train_on, d)
+    source, texts = source_of(d, made, run, train_on, held, pairs), held or train_on
+    exams = check_judges(judges(judge, texts, model), texts, d)
     d.say_cut([*source.prompts, *held])
     what = f'{method} ({preset}) of {Path(model).name}'
     return Job(what, run, made, d, judge, source, exams, held, split, S_eval)

@@ -11,9 +11,10 @@ from torch import Tensor
 from ..basics.files import write_whole
 from ..basics.pictures import as_png, write_grid
 from .heldout import default_prompts
-from .load import as_trained, base_of, load_model, output_folder
+from .load import as_trained, base_of, check_sampler, load_model, output_folder
 from ..data.tables import prompt_set, write_prompts
 from ..evaluation.measure import pictures_of, start_seeds
+from ..training.advice import pictures_at_once
 
 # %% ../../nbs/13_commands/09_sample.ipynb #4aef1db1
 def write_pictures(pictures:Tensor, # `(N, 3, H, W)` in [0, 1]
@@ -48,15 +49,15 @@ def sample(
     variant:str=None # Variant of the model's files, e.g. fp16
 )->Path: # The folder
     "Make pictures"
-    if n < 1: raise ValueError(f'n: expected at least one picture, found {n}')
-    if S < 1: raise ValueError(f'S: expected at least one sampler step, found {S}')
+    check_sampler(guidance, eta, S, n=n)
     model = base_of(model, lora)
     texts = prompt_set(prompts or default_prompts(model), n, 'heldout', seed=1)[:n]
     seeds, out = start_seeds(seed, len(texts)), output_folder(out)
     d = load_model(model, guidance, lora, px=px, variant=variant, eta=eta)
     d.say_cut(texts)
-    d = as_trained(d, lora, S)
-    write_pictures(pictures_of(d.sample(texts, seeds, S).cpu(), texts), texts, out)
+    chunk, d = pictures_at_once(d), as_trained(d, lora, S)
+    made = d.sample(texts, seeds, S, chunk=chunk).cpu()
+    write_pictures(pictures_of(made, texts), texts, out)
     return out
 
 # %% ../../nbs/13_commands/09_sample.ipynb #c5770f8a

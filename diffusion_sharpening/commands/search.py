@@ -166,7 +166,8 @@ def search(
     check_judges({judge.name: judge}, texts, d)
     d.say_cut(texts)
     asked = dict(search=name, settings=own, code=code_of(find), model=model, weights=model_content(model),
-                 lora=lora and content(lora_file(lora)), reward=judge.identity(), budget=budget, S=S,
+                 lora=lora and content(Path(lora)/lora_file if Path(lora).is_dir() else lora),
+                 reward=judge.identity(), budget=budget, S=S,
                  seed=seed, guidance=d.guidance, eta=d.eta, size=list(d.size), prompts=texts)
     with locked(out):
         begin(out, asked)

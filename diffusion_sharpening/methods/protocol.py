@@ -109,8 +109,9 @@ def noise_columns(method, # `Method`
     return {c: k if c.endswith('seed') else noise(k, START, item) for c, k in keys.items()}
 
 # %% ../../nbs/08_methods/01_protocol.ipynb #57dba740
-def _same(a, b): # Are two lessons equal?
-    return a.rows.keys() == b.rows.keys() and all(torch.equal(v, b.rows[k]) for k, v in a.rows.items())
+def _same(a, b): # Are two lessons equal? A number that is missing (NaN) equals a missing one
+    def equal(v, w): return v.shape == w.shape and torch.allclose(v, w, 0, 0, equal_nan=True)
+    return a.rows.keys() == b.rows.keys() and all(equal(v, b.rows[k]) for k, v in a.rows.items())
 
 def check_method(method:Method, # Started
                  model, # With something to train

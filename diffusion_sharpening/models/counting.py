@@ -182,8 +182,8 @@ def picture_side(model:str, # As for `anatomy`
     "Side of the pictures in pixels"
     a = anatomy(model)
     if px is None: px = a.unet['sample_size']*a.factor
-    if px > 0 and px % a.factor == 0: return px
-    raise ValueError(f'px: expected a multiple of {a.factor} pixels, found {px}')
+    if 0 < px <= 16_384 and px % a.factor == 0: return px
+    raise ValueError(f'px: expected a multiple of {a.factor} pixels up to 16,384, found {px:,}')
 
 # %% ../../nbs/03_models/14_counting.ipynb #db7dc3fb
 @lru_cache(maxsize=64)

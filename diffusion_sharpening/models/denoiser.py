@@ -69,8 +69,8 @@ def _resize(self:Denoiser, size):  # Picture size in pixels and shape of latents
     made = net.sample_size                          # a number, or height and width
     if size is None: size = [o*f for o in made] if isinstance(made, (list, tuple)) else made*f
     self.size = h, w = (size, size) if isinstance(size, int) else tuple(size)
-    if h % f or w % f or min(h, w) < 1:
-        raise ValueError(f'size: expected multiples of {f} pixels, found {h} x {w}')
+    if h % f or w % f or not 1 <= min(h, w) <= max(h, w) <= 16_384:
+        raise ValueError(f'size: expected multiples of {f} pixels up to 16,384, found {h:,} x {w:,}')
     self.item = net.in_channels, h//f, w//f
     if (p := net.get('patch_size')) and (self.item[1] % p or self.item[2] % p):
         raise ValueError(f'size: expected multiples of {f*p} pixels, found {h} x {w}')

@@ -191,8 +191,8 @@ def sample(self:Learner,
         own = slice(i, i + chunk)
         start = noise(seeds[own], START, self.item, self.device)
         tr = rollout(self, start, self.grid(S), cond[own], eta, seeds[own], keep=False)
-        ends.append(tr.end)
-    return self.show(torch.cat(ends)) if show else torch.cat(ends)
+        ends.append(self.show(tr.end) if show else tr.end)
+    return torch.cat(ends)
 
 # %% ../../nbs/03_models/08_learner.ipynb #b01d04cd
 def backend_of(

@@ -9,7 +9,7 @@ __all__ = ['Part', 'parse_spec', 'public_spec']
 import math, re
 from dataclasses import dataclass
 from ..basics.words import one_of
-from ..rewards.address import public
+from ..rewards.address import keyless, public
 from ..rewards.mixture import HOW
 
 # %% ../../nbs/06_names/01_grammar.ipynb #864d9aca
@@ -45,16 +45,17 @@ _FORMS = 'name, name@weights, module:function or file.py:function, each with :we
 def _part(text, line, known):
     body, weight = _weighed(text)
     if not math.isfinite(weight):
-        raise ValueError(f'reward {line!r}: expected a finite weight, found {text!r}')
+        raise ValueError(f'reward {keyless(line)!r}: expected a finite weight, found {keyless(text)!r}')
     if m := _NAMED.fullmatch(body):
         which = m[3] and m[3].strip()
         if which and which[0] == which[-1] and which[0] in '"\'': which = which[1:-1]
         if which != '': return Part(m[1], which, weight, bool(m[2]))
     name, colon, rest = body.partition(':')
     if colon and name.rstrip('!') in known:
-        raise ValueError(f'reward {line!r}: expected a number as the weight of {name}, found {rest!r}')
+        raise ValueError(f'reward {keyless(line)!r}: expected a number as the weight of {name}, '
+                         f'found {keyless(rest)!r}')
     if _PATH.fullmatch(body): return Part('own', body, weight)
-    raise ValueError(f'reward {line!r}: expected {_FORMS}; found {text!r}')
+    raise ValueError(f'reward {keyless(line)!r}: expected {_FORMS}; found {keyless(text)!r}')
 
 # %% ../../nbs/06_names/01_grammar.ipynb #6ff121c6
 def parse_spec(line:str, # As in the table above

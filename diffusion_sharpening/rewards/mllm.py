@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from ..basics import settings as ranges
 from .address import (
-    TooSlow, in_threads, limited_client, read_settings, shown, within)
+    TooSlow, in_threads, limited_client, read_settings, shown, unsaid, within, without_key)
 from .protocol import Reward, RewardError
 
 # %% ../../nbs/04_rewards/11_mllm.ipynb #51c8a84c
@@ -214,7 +214,7 @@ def cleaned(text:str, # What a server said
             url:str # Of the server
            )->str: # One line without the key
     "A message that can be shown"
-    key, line = api_key(url), ' '.join(text.split())
+    key, line = api_key(url), unsaid(' '.join(text.split()), url)
     if key != 'none': line = line.replace(key, '(key)')
     return line[:200]
 
@@ -240,7 +240,7 @@ def no_reply(e, # What the `openai` package raised
              model:str # Its model
             ): # `NoReply`, `BadReply` for a broken document, or `RewardError` where nothing will help
     "The error of a request as one that can be counted, or that ends the run"
-    code = getattr(e, 'status_code', None)
+    code, url = getattr(e, 'status_code', None), shown(url)
     if code in (401, 403):
         return RewardError(f'mllm: {url} refused the key ({code}); set MLLM_API_KEY in the environment')
     if code == 404: return RewardError(f'mllm: {url} has no model {model!r} (404); see {url}/models')
@@ -372,8 +372,8 @@ class MLLMGrader(Reward):
         last, never = got[-1][1], not (self.counts['graded'] or self.counts['cached'])
         if self.barren >= self.s.patience or never and last == 'no connection':
             c = self.chat
-            raise RewardError(f'mllm: no grade from {c.url} in {self.barren} batches in a row; the last: '
-                              f'{last}{c.detail}; does it run, and does {c.model!r} see pictures?')
+            raise RewardError(f'mllm: no grade from {shown(c.url)} in {self.barren} batches in a row; '
+                              f'the last: {last}{c.detail}; does it run, and does {c.model!r} see pictures?')
         return [g for g, _ in got]
 
     def score(self, images:Tensor, prompts:list)->Tensor:
@@ -386,7 +386,8 @@ class MLLMGrader(Reward):
         url, _, model = str(self.which).rpartition('#')
         s, model = self.s, Path(model).name
         asked = Cache.key(RUBRIC, s.max_tokens, s.temperature, s.side, self.request)
-        more = dict(model=model, aspects=self.weights, question=asked, server=Cache.key(url))
+        more = dict(model=model, aspects=self.weights, question=asked,
+                    server=Cache.key(without_key(url, True)))
         return super().identity() | more
 
     def report(self)->dict:

@@ -19,7 +19,8 @@ from urllib import error, request
 from urllib.parse import urlsplit
 from ..basics import settings as ranges
 from ..basics.pictures import PictureError, as_png, as_tensor, open_header, open_picture
-from .address import limited, read_json, read_settings, shown, within, without_key
+from .address import (
+    limited, read_json, read_settings, keyless, shown, unsaid, within, without_key)
 from .protocol import Reward, RewardError
 
 # %% ../../nbs/04_rewards/16_remote.ipynb #1c7efb6e
@@ -235,7 +236,7 @@ def post(url:str, body:bytes, # Where, and what
         k, spent = k+1, spent + wait + time.monotonic()-began
         if final or spent > how.patience: break
         time.sleep(wait)
-    why = ' '.join(why.split())[:300]
+    why = unsaid(' '.join(why.split()), url)[:300]
     tries = f'{k} tr{"ies" if k > 1 else "y"}'
     raise RewardError(f'remote: {shown(url)} gave no scores after {tries}; last: {why}')
 
@@ -248,7 +249,8 @@ def server_of(which:str # `http://host:port/score`, with settings after a `#`
     if at.username or at.password:
         raise ValueError('remote: expected no password in the URL; set SHARPEN_REWARD_KEY instead')
     if at.scheme not in ('http', 'https') or not at.hostname:
-        raise ValueError(f'remote: expected a URL as in remote@http://host:port/score, found {which!r}')
+        raise ValueError('remote: expected a URL as in remote@http://host:port/score, '
+                         f'found {keyless(str(which))!r}')
     return url, read_settings(text, Asking, 'remote')
 
 # %% ../../nbs/04_rewards/16_remote.ipynb #b702839d
@@ -281,7 +283,7 @@ class Remote(Reward):
         s = res.get('scores') if isinstance(res, dict) else None
         if not isinstance(s, list) or len(s) != len(prompts) or not all(map(_is_score, s)):
             raise RewardError(f'remote: expected {len(prompts)} scores from {shown(self.url)}, '
-                              f'found {str(res)[:100]}')
+                              f'found {unsaid(str(res), self.url)[:100]}')
         return [math.nan if v is None else float(v) for v in s]
 
     def identity(self)->dict:

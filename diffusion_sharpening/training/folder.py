@@ -154,12 +154,19 @@ def taken(folder, # For results
         yield at
 
 # %% ../../nbs/12_training/08_folder.ipynb #11142139
+_FOLDERS = 'checkpoints', 'trackers', 'model'
+
+def _check_places(folder): # `FolderError` where a folder is in the place of a file that will be written
+    odd = [n for n in (*RESULTS, 'manifest.json') if n not in _FOLDERS and (folder/n).is_dir()]
+    if odd: raise FolderError(f'resume: expected a file {folder/odd[0]}, found a folder; move it away')
+
 def go_on(folder, # Locked, of a run whose checkpoint was restored
           run:dict # What is asked for now
          ):
     "Take up the run in a folder; `FolderError`, and nothing written, if a file there is somebody else's"
     # runs of earlier versions have no manifest
     folder = Path(folder); own = owned(folder) or RESULTS
+    _check_places(folder)
     if odd := [n for n in RESULTS if os.path.lexists(folder/n) and n not in own]:
         raise FolderError(f"resume: {folder} has {', '.join(odd)}, not of this run; move it away")
     if rep := read_report(folder):

@@ -37,8 +37,8 @@ def _anywhere(part): # Its path from anywhere; modules are found by name
     return path if part.name == 'own' and not path.endswith('.py') else absolute(path)
 
 # %% ../../nbs/12_training/10_record.ipynb #1cb9bf1b
-# `mllm` takes nothing but settings in its address, and no key
-def _keyless(part, which): return which if part.name == 'mllm' else without_key(which)
+# `mllm` has its settings where others may have a key
+def _keyless(part, which): return without_key(which, query=part.name == 'mllm')
 
 def _spelt(part): # A part of a reward's name, with a path from anywhere
     path = reward_path(part)

@@ -33,7 +33,7 @@ def _defaults(s): # Settings that came after a checkpoint was written count as w
     return {f'{part}.{f.name}': f.default for part, o in parts for f in fields(o) if f.name not in FREE}
 
 def _same_run(s, record, about):
-    was, now = {**_defaults(s), **record['identity']}, identity(s, about)
+    was, now = {**about, **_defaults(s), **record['identity']}, identity(s, about)
     for k in sorted(was.keys() | now.keys()):
         if was.get(k) != now.get(k):
             found = f'{k} was {was.get(k)!r} when this run was saved and is {now.get(k)!r} now'

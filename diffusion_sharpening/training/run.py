@@ -16,16 +16,16 @@ from ..models.learner import backend_of
 @dataclass
 class Run(Settings):
     "Settings of a training run that do not belong to its method"
-    steps: int = within(100, 0)        # Batches collected; each gives `updates` gradient updates
-    batch: int = within(8, 1)          # Prompts per batch
+    steps: int = within(100, 0, 10**9) # Batches collected; each gives `updates` gradient updates
+    batch: int = within(8, 1, 10**6)   # Prompts per batch
     lr: float = within(5e-4, above=0, hi=1) # Learning rate of AdamW
-    warmup: int = within(5, 0)         # Batches over which the learning rate rises
+    warmup: int = within(5, 0, 10**9)  # Batches over which the learning rate rises
     decay: float = within(0., 0, 1)    # Share of the batches, at the end, over which it falls towards 0
     rank: int = within(32, 0)          # Of the LoRA adapter; 0 trains every weight
     layers: str = words('linear', 'attention', 'linear') # What LoRA adapts: attention, or all linear layers
     clip: float = within(1., above=0)  # Largest gradient norm
     ema: float = within(.95, 0, below=1) # Moving average of the weights, kept at the end; 0: the last weights
-    micro: int = within(0, 0)          # Network evaluations with gradient at once; 0: all of an update
+    micro: int = within(0, 0, 10**9)   # Network evaluations with gradient at once; 0: all of an update
     checkpointing: bool = False        # Compute activations again for the gradient, to save memory
     precision: str = words('float32', 'float32', 'bfloat16') # Of the network; what learns stays in float32
     compile: str = ''                  # Backend of torch.compile for the network, e.g. inductor; empty: none
@@ -33,10 +33,10 @@ class Run(Settings):
     drop: float = within(0., 0, below=1) # Share of captions left out, for classifier-free guidance
     buckets: bool = False              # Pictures in several shapes of about one area, one shape per batch
     seconds: float = within(0., 0)     # Start no batch after this wall time; 0: no limit
-    patience: int = within(10, 1)      # Stop after so many skipped updates in a row
-    validate_every: int = within(0, 0) # Batches between two scores of held-out prompts; 0: none
-    validate_prompts: int = within(48, 1) # How many of the held-out prompts these scores are over
-    checkpoint_every: int = within(50, 0) # Batches between two checkpoints; 0: none
+    patience: int = within(10, 1, 10**9) # Stop after so many skipped updates in a row
+    validate_every: int = within(0, 0, 10**9) # Batches between two scores of held-out prompts; 0: none
+    validate_prompts: int = within(48, 1, 10**6) # How many of the held-out prompts these scores are over
+    checkpoint_every: int = within(50, 0, 10**9) # Batches between two checkpoints; 0: none
     keep: int = within(2, 1)           # Checkpoints that stay
     seed: int = within(0, -2**63, 2**64-1) # All chance of the run
 

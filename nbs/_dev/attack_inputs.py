@@ -120,7 +120,7 @@ OPTIONS = {
               '--images --prompts --reward --out --batch'),
     'serve-reward': ('--reward nothing', '--port --host --reward'),
     'demo': ('--out {file}/x', '--out --steps --seed')}
-NUMBERS = ['-1', '1.5', 'x', '', 'nan', 'inf', '1e400', str(10**30), '9'*5000, '²', '0']
+NUMBERS = ['-1', '1.5', 'x', '', 'nan', 'inf', '1e400', '999999999', str(10**30), '9'*5000, '²', '0']
 TEXT = ['', '\0', 'x'*5000, '/dev/null', '/dev/full', '/', '.', '-', '~nobody/x', 'hf:', 'hf:a', 'hf:/',
         ':', '::',
         'a:b:c', '..', '{fifo}', '{file}', '{folder}', '\udcff', 'a\nb', '@', '!', ',', 'clip@', '(',

@@ -11,6 +11,7 @@ from diffusion_sharpening.commands import cli, evaluate, interchange, sample, sc
 from diffusion_sharpening.models.lora import lora_file
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.training import plan
+from diffusion_sharpening.training.run import Run
 
 TEXTS = ['a red circle', 'a blue square', 'a green star', 'a dog', 'two cats', 'a tree']
 SMALL = 'n=2 S=2 batch=2 rank=2 checkpoint_every=1'.split()
@@ -75,16 +76,26 @@ class Child:
             while part := f.read(1 << 16): self.said[fd] += part
 
     def end(self, wait=60.):
-        "Wait for it, at most `wait` seconds from its start"
-        code = None
-        while code is None and time.monotonic() < self.began + wait:
+        "Wait for it, at most `wait` seconds in which it worked or slept, not those of others"
+        code, spent, at, done = None, 0., self.began, 0.
+        while code is None and spent < wait:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid: code = os.waitstatus_to_exitcode(status)
-            else: time.sleep(.003)
+            else: time.sleep(.005)
+            if code is not None or time.monotonic() < at + .1: continue
+            ready, work = doing(self.pid)
+            spent += work - done if ready else max(work - done, time.monotonic() - at)
+            at, done = time.monotonic(), work
         if code is None: os.kill(self.pid, signal.SIGKILL); os.waitpid(self.pid, 0)
         for t in self.readers: t.join(5)
         out, err = (self.said[fd].decode(errors='replace') for fd in (1, 2))
         return End(code, out, err, time.monotonic() - self.began)
+
+
+def doing(pid):
+    "Does a process work, or would it if it had a CPU; and the seconds of CPU it has had"
+    state, *numbers = open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()
+    return state == 'R', sum(map(int, numbers[10:12]))/os.sysconf('SC_CLK_TCK')
 
 
 def sharpen(*argv, wait=60., **where): return Child(*argv, **where).end(wait)
@@ -125,6 +136,7 @@ class Kit:
     def __init__(self, folder):
         self.folder, self.count = Path(folder), 0
         tiny_sdxl(self.folder/'xl', words=' '.join(TEXTS).split(), sample_size=8)
+        for rank in (2, 32): plan.units_of(str(self.folder/'xl'), 64, Run(rank=rank))    # not in each child
         (self.folder/'mine.py').write_text(REWARD)
         (self.folder/'prompts.txt').write_text('\n'.join(TEXTS) + '\n')
         self.reward = f'{self.folder}/mine.py:bright'

@@ -163,7 +163,7 @@ def prompts(n:int, # How many
             seed:int=0 # Same seed, same prompts
            )->list: # Captions, the six categories in turn
     "A prompt set balanced over the six categories; held-out ones are distinct"
-    if n < 1: raise ValueError(f'expected at least one prompt, found n={n}')
+    if not 1 <= n <= 20_000: raise ValueError(f'expected 1 to 20,000 prompts of Shapes, found n={n:,}')
     rng = random.Random(f'{split}-{seed}')
     if split == 'heldout': return _distinct(n, rng)
     return [caption(rng, CATEGORIES[i % 6], split) for i in range(n)]
