@@ -94,7 +94,7 @@ bad = {
     'negative steps': (train + ' --steps -1', 'steps: expected at least 0'),
     'negative heldout': (train + ' --heldout -1', 'heldout: expected'),
     'negative heldout of a file': (train + ' --heldout -1 --prompts {tmp}/three', 'heldout: expected'),
-    'no steps in the evaluation': (train + ' --S-eval 0', 'step'),
+    'no steps in the evaluation': (train + ' --S-eval 0', 'S_eval: expected'),
     'a word for a number': (train + ' --set n=two', 'n'),
     'half a step': (train + ' --set steps=1.5', 'steps'),
     'NaN for a number': (train + ' --set batch=NaN', 'batch'),
@@ -113,7 +113,7 @@ bad = {
     'no such LoRA': ('sample --model {xl} --out {out} --n 1 --S 1 --lora {tmp}/nothing', 'LoRA: expected'),
     'a folder without LoRA': ('evaluate --model {xl} --reward checker --n 1 --lora {tmp}', 'LoRA: expected'),
     'nothing to evaluate': ('evaluate --model {xl} --reward checker --n 0', 'n: expected'),
-    'no steps to evaluate': ('evaluate --model {xl} --reward checker --n 2 --S 0', 'step')}
+    'no steps to evaluate': ('evaluate --model {xl} --reward checker --n 2 --S 0', 'S: expected')}
 
 
 @pytest.mark.parametrize('args, part', bad.values(), ids=bad)
@@ -632,7 +632,8 @@ def test_help_of_a_method_shows_what_runs(capsys):
     from diffusion_sharpening.training.run import settings
     for preset in ('default', 'paper'):
         assert cli.run(['train', 'rlhf', '--preset', preset, '--help']) == 0
-        rows = [l.split() for l in capsys.readouterr().out.split('settings of rlhf')[1].splitlines()[1:]]
+        rows = [l.split() for l in capsys.readouterr().out.split('settings of rlhf')[1]
+                .split('\n\n')[0].splitlines()[1:]]
         run, method = settings('rlhf', preset)
         runs = asdict(run) | asdict(method)
         assert {r[0]: json.loads(r[1]) for r in rows if r} == runs
