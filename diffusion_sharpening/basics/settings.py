@@ -38,8 +38,7 @@ def check_kinds(cls, # A settings dataclass
         if f.name not in changes: continue
         v, (kinds, what) = changes[f.name], _KINDS[type(f.default)]
         odd = isinstance(v, bool) and type(f.default) is not bool
-        endless = isinstance(v, float) and not math.isfinite(v) and v != f.default
-        if not isinstance(v, kinds) or odd or endless:
+        if not isinstance(v, kinds) or odd or float in kinds and not -1e308 < v < 1e308 and v != f.default:
             raise ValueError(f'{f.name}: expected {what}, found {brief(v)}')
 
 # %% ../../nbs/01_basics/05_settings.ipynb #c37f382e
@@ -63,7 +62,10 @@ class Settings:
     def __post_init__(self):
         try:
             check_kinds(type(self), vars(self))
-            for f in fields(self): check_range(f, getattr(self, f.name))
+            for f in fields(self):
+                v = getattr(self, f.name)
+                check_range(f, v)
+                if type(f.default) is float: setattr(self, f.name, float(v))      # 10³⁰ fits no int64
         except ValueError as e:
             if not self.whose: raise
             raise ValueError(f'{self.whose}: {e}') from None
