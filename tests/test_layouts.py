@@ -62,6 +62,15 @@ def test_a_reward_of_pages_refuses_pictures(tmp_path):
     with pytest.raises(ValueError, match=r'pages: expected \(B, 9, 5\), found'):
         train_command('graft', 'shapes', 'tidy', out=tmp_path/'run', heldout=4, steps=1)
 
+@pytest.mark.parametrize('name', ['tidy', 'page!'])
+def test_a_reward_of_pages_looks_at_each_alone(name):
+    "Whatever the order and the company, and leaves the pages as they are"
+    r, x = load_reward(name, 'layouts'), pages(4, 2)
+    kept, s = x.clone(), r(x, TEXTS)
+    assert s.shape == (4,) and s.dtype == torch.float32 and s.isfinite().all() and x.equal(kept)
+    assert torch.allclose(r(x.flip(0), TEXTS[::-1]).flip(0), s)
+    assert torch.allclose(torch.cat([r(x[i:i+1], TEXTS[i:i+1]) for i in range(4)]), s)
+
 def test_rewards_of_pages_mix():
     x, texts = torch.cat([pages(2), torch.rand(2, 9, 5)]), ['1 text']*4
     both = load_reward('tidy:2,tidy', 'layouts')

@@ -250,7 +250,7 @@ def test_every_method_keeps_its_promises(xl, name):
 # Every setting does something
 
 LITTLE = dict(n=2, m=2, S=4, least=2, target=99.)
-OTHER = dict(aggregate='last', loss_kind='rebel', n=8, m=1, S=5, alpha=1., eta=.5, beta=7., early=.5, late=.3,
+OTHER = dict(aggregate='last', loss_kind='rebel', n=5, m=1, S=5, alpha=1., eta=.5, beta=7., early=.5, late=.3,
              updates=3, old_rate=.9, guidance=3., consistent=True, anywhere=True, through=True,
              own_noise=True,
              first_only=True,
