@@ -6,7 +6,6 @@
 __all__ = ['within', 'words', 'check_kinds', 'check_range', 'Settings', 'configure', 'settings_table']
 
 # %% ../../nbs/01_basics/05_settings.ipynb #d077721f
-import math
 from dataclasses import MISSING, field, fields
 from .words import brief, one_of
 

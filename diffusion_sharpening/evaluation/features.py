@@ -7,7 +7,6 @@ __all__ = ['Classifier', 'train_classifier', 'features_of', 'efficientnet', 'scr
 
 # %% ../../nbs/11_evaluation/06_features.ipynb #bd5f59a4
 import torch
-from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -6,17 +6,16 @@
 __all__ = ['Blocks', 'PixelFlow', 'load_pixels']
 
 # %% ../../nbs/03_models/17_pixels.ipynb #80b9bfd8
-import math, torch
+import torch
 from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor, nn
 from ..basics.files import read_json, write_json
 from ..maths.samplers import flow_grid
-from ..maths.schedules import Flow, to_x0_eps
+from ..maths.schedules import Flow
 from .cond import Cond
 from .learner import Learner
 from .policies import Policies
-from .protocol import denoising_loss
 
 # %% ../../nbs/03_models/17_pixels.ipynb #13842c2e
 class Blocks(nn.Module):
@@ -87,23 +86,6 @@ def output(self:PixelFlow,
     lead = x_t.shape[:x_t.ndim - len(self.item)]
     t = torch.as_tensor(t, device=x_t.device, dtype=torch.float32).expand(lead).flatten()
     return self.policies(x_t.float().reshape(-1, *self.item), t).view(x_t.shape)
-
-# %% ../../nbs/03_models/17_pixels.ipynb #2b8d6642
-@patch
-def predict(self:PixelFlow,
-    x_t:Tensor, # Noisy pictures `(…, B, C, H, W)`
-    t:Tensor, # Times, broadcast over the leading axes
-    cond=None # Not looked at
-) -> tuple: # `x0`, `eps`
-    "Estimated clean pictures and noise"
-    t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[:x_t.ndim - len(self.item)])
-    return to_x0_eps(self.schedule, x_t.float(), self.output(x_t, t), t, self.kind)
-
-# %% ../../nbs/03_models/17_pixels.ipynb #0b419b89
-@patch
-def denoising_loss(self:PixelFlow, x0:Tensor, cond, seeds:Tensor) -> Tensor:
-    "Mean squared error of the velocity at one time per picture `(B,)`"
-    return denoising_loss(self, x0, cond, seeds)
 
 # %% ../../nbs/03_models/17_pixels.ipynb #a5fb97e5
 @patch

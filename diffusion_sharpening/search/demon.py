@@ -8,11 +8,10 @@ __all__ = ['spread', 'tanh_weights', 'softmax_weights', 'linear_weights', 'mixed
 # %% ../../nbs/09_search/05_demon.ipynb #47881898
 import torch
 from torch import Tensor
-from ..basics.seeds import START, noise
 from ..maths.rollout import Meter, rollout
 from ..maths.schedules import pad_right
 from .protocol import (
-    Found, Verifier, affordable, between, branches, found, own_eta)
+    Found, Verifier, affordable, between, branches, found, own_eta, steered)
 
 # %% ../../nbs/09_search/05_demon.ipynb #363dca16
 def spread(v:Tensor, # Values `(K, B)`, at least two of each prompt
@@ -112,7 +111,5 @@ def demon(model, # `predict`, `schedule`, `item`, `encode`, `grid`, `show`
     cond, hint = model.encode(prompts), fast.encode(prompts)
     estimate = lambda x, i: ends(fast, x, ts[i+1:], hint, J)
     steer = mixed_noise(look, estimate, K, range(guided), weigh, rounds)
-    z = noise(seeds, START, model.item, model.device)
-    x0 = rollout(meter, z, ts, cond, eta, seeds, keep=False, steer=steer).end
-    last = look(x0[None], seeds[None], rounds[-1].kept if rounds else None)
-    return found([*rounds, last], meter.nfe + fast.nfe, look)
+    whole = steered(meter, look, steer, rounds, S, cond, eta, seeds)
+    return found(whole, meter.nfe + fast.nfe, look)

@@ -9,11 +9,10 @@ __all__ = ['drawn', 'Particles', 'fk']
 import torch
 from torch import Tensor
 from ..basics.seeds import START, noise, stream
-from ..maths.choice import pick
 from ..maths.rollout import Meter, rollout
 from ..maths.schedules import pad_right
 from .protocol import (
-    Found, Verifier, affordable, between, candidate_seeds, found, own_eta)
+    Found, Verifier, affordable, between, candidate_seeds, found, own_eta, take)
 
 # %% ../../nbs/09_search/06_fk.ipynb #da73d894
 def drawn(w:Tensor, # Weights `(n, B)`, summing to 1
@@ -55,9 +54,8 @@ class Particles:
         to = torch.where(few, drawn(w, luck), own)
         self.logw, self.was = torch.where(few, 0., self.logw), G.gather(0, to)
         self.rounds.append(r); self.parents = to
-        at = (to.to(m.x.device), torch.arange(own.shape[1], device=m.x.device))
         same = pad_right((to == own).to(m.x.device), m.x)
-        return torch.where(same, m.step.prev, m.step.mean[at] + m.step.prev - m.step.mean)
+        return torch.where(same, m.step.prev, take(m.step.mean, to) + m.step.prev - m.step.mean)
 
 # %% ../../nbs/09_search/06_fk.ipynb #370fd69f
 @torch.no_grad()

@@ -8,10 +8,9 @@ __all__ = ['best_branch', 'free2guide']
 # %% ../../nbs/09_search/04_free2guide.ipynb #a558669e
 import torch
 from torch import Tensor
-from ..basics.seeds import START, noise
-from ..maths.rollout import Meter, rollout
+from ..maths.rollout import Meter
 from .protocol import (
-    Found, Verifier, affordable, best, between, branches, found, own_eta)
+    Found, Verifier, affordable, best, between, branches, found, own_eta, steered)
 
 # %% ../../nbs/09_search/04_free2guide.ipynb #56806d73
 def best_branch(look:Verifier, # Who looks
@@ -51,7 +50,5 @@ def free2guide(model, # `predict`, `schedule`, `item`, `encode`, `grid`, `show`
     n, rounds = 1 + left//guided if guided else 1, []
     look, eta = Verifier(meter, judge, prompts), own_eta(model, eta, 1.)
     steer = best_branch(look, n, range(first, first + guided), rounds)
-    z, cond = noise(seeds, START, model.item, model.device), model.encode(prompts)
-    x0 = rollout(meter, z, model.grid(S), cond, eta, seeds, keep=False, steer=steer).end
-    last = look(x0[None], seeds[None], rounds[-1].kept if rounds else None)
-    return found([*rounds, last], meter.nfe, look)
+    whole = steered(meter, look, steer, rounds, S, model.encode(prompts), eta, seeds)
+    return found(whole, meter.nfe, look)

@@ -7,12 +7,10 @@ __all__ = ['search_pipeline']
 
 # %% ../../nbs/09_search/09_pipeline.ipynb #5aced723
 import torch
-from torch import Tensor
 from ..models.denoiser import Denoiser
 from ..rewards.own import Own
 from ..rewards.protocol import Reward
 from .best_of_n import best_of_n
-from .protocol import Found
 
 # %% ../../nbs/09_search/09_pipeline.ipynb #cac92428
 @torch.no_grad()

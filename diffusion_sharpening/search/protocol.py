@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['affordable', 'between', 'own_eta', 'candidate_seeds', 'samples', 'branches', 'Round', 'Verifier', 'parts', 'compared',
-           'best', 'chosen', 'Found', 'found', 'lineage', 'record', 'draw_lineage']
+           'best', 'take', 'chosen', 'Found', 'found', 'steered', 'lineage', 'record', 'draw_lineage']
 
 # %% ../../nbs/09_search/00_protocol.ipynb #1e7e681f
 import torch
 from dataclasses import dataclass
 from torch import Tensor
-from ..basics.seeds import noise, stream
+from ..basics.seeds import START, noise, stream
 from ..basics.stages import stage
 from ..maths.choice import argmax, pick
 from ..maths.rollout import rollout
@@ -152,6 +152,14 @@ def best(x:Tensor, # Anything `(n, B, …)` of the candidates of a round
     "Of the candidate that goes on"
     return pick(x, r.kept)
 
+# %% ../../nbs/09_search/00_protocol.ipynb #33b15b65
+def take(x:Tensor, # Anything `(n, B, …)`
+         at:Tensor # int64 `(k, B)`
+        )->Tensor: # `(k, B, …)`
+    "Several candidates of each prompt"
+    at = at.to(x.device)
+    return x[at, torch.arange(x.shape[1], device=x.device)]
+
 # %% ../../nbs/09_search/00_protocol.ipynb #82878bc6
 def chosen(r:Round # A round
           )->tuple: # Seeds, scores `(B, K)`, place and clean estimate of the best
@@ -182,6 +190,21 @@ def found(rounds:list, # Of `Round`; the best of the last one is the result
     r = rounds[-1]
     value = best(r.values if len(r.scores) > 1 else r.scores[0], r)
     return Found(r.x0, value, best(r.seeds, r), rounds, nfe/len(look.prompts), look.calls)
+
+# %% ../../nbs/09_search/00_protocol.ipynb #3834511f
+def steered(model, # `predict`, `schedule`, `item`, `grid`; what it is asked is counted by its meter
+            look:Verifier, # Who looks
+            steer, # Of a rollout
+            rounds:list, # Of `Round`, which the steer fills
+            S:int, # Sampler steps
+            cond, # Of the `B` prompts
+            eta:float, # Fresh noise of each step
+            seeds:Tensor # int64 `(B,)`
+           )->list: # The rounds of the steer, and one of the finished sample
+    "Sample once with a steer, and judge where it ends"
+    z = noise(seeds, START, model.item, model.device)
+    x0 = rollout(model, z, model.grid(S), cond, eta, seeds, keep=False, steer=steer).end
+    return [*rounds, look(x0[None], seeds[None], rounds[-1].kept if rounds else None)]
 
 # %% ../../nbs/09_search/00_protocol.ipynb #1bfcce2b
 def lineage(res:Found, # What a search returned

@@ -8,7 +8,6 @@ __all__ = ['COLOURS', 'parts_of', 'valence_stable', 'connected', 'graph_stable',
 
 # %% ../../../nbs/05_worlds/molecules/03_graphs.ipynb #cfc3ab8c
 import torch
-from importlib.util import find_spec
 from torch import Tensor
 from .bonds import ELEMENTS, VALENCE
 from .qm9 import SLOTS
