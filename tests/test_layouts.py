@@ -1,8 +1,10 @@
 "Methods, searches and commands of pictures work on pages as they are"
 import json
 import pytest, torch
+from diffusion_sharpening.basics.pictures import read_picture
 from diffusion_sharpening.commands.load import load_model
 from diffusion_sharpening.commands.sample import sample
+from diffusion_sharpening.commands.search import search
 from diffusion_sharpening.commands.train import train as train_command
 from diffusion_sharpening.data.sources import Columns
 from diffusion_sharpening.methods.catalog import METHODS
@@ -42,6 +44,13 @@ def test_a_search_finds_better_pages(model):
     seeds, judge = torch.arange(4), Tidy()
     one, many = (best_of_n(model, judge, TEXTS, seeds, S=2, budget=2*n) for n in (1, 6))
     assert (many.value >= one.value).all() and many.value.mean() > one.value.mean() and many.nfe == 12
+
+def test_a_command_searches(tmp_path):
+    "By the reward of the world, and what it finds is drawn"
+    res = search('best_of_n', 'layouts', n=2, S=2, budget=4., out=tmp_path/'out')
+    assert res['nfe'] == 4 and json.loads((tmp_path/'out'/'search.json').read_text())['asked']['reward']
+    assert read_picture(tmp_path/'out'/'0000.png').shape == (3, 96, 72)
+    assert (tmp_path/'out'/'lineage.png').exists()
 
 def test_a_command_trains_and_samples(tmp_path, capsys):
     rep = train_command('p_graft', 'layouts', out=tmp_path/'run', heldout=8, S_eval=4, steps=1, S=4, n=2)

@@ -109,3 +109,22 @@ def test_a_search_of_ones_own(at):
                              '--reward mine.py:redness:1,mine.py:other:.5')
     a, b = (json.loads((at/f'own{k}'/'records'/'0000.json').read_text()) for k in (1, 2))
     assert a['seed'] != b['seed'] and a['nfe'] == b['nfe'] == 4 and len(a['rounds'][0]['scores'][0]) == 2
+
+
+def test_files_of_others_stay(at, capsys):
+    "A folder of the user's own: neither `search` nor `sample` replaces anything in it, and each its own only"
+    for name, asked in (('search', ['best_of_n', '--budget', '4']), ('sample', [])):
+        line = [name, *asked, '--model', str(at/'xl'), '--prompts', str(at/'prompts.txt'), '--n', '2',
+                '--S', '2', '--guidance', '1', '--px', '32']
+        line += ['--reward', f'{at}/mine.py:redness'] if asked else []
+        for k in ('0001.png', 'grid.png', 'prompts.jsonl'):
+            mine = at/f'{name}-{k}'
+            mine.mkdir()
+            (mine/k).write_text('mine')
+            with pytest.raises(ValueError, match=f'holds {k}, which this command has not written'):
+                cli.run([*line, '--out', str(mine)])
+            assert files(mine) == {k: b'mine'}
+        assert cli.run([*line, '--out', str(at/name)]) == cli.run([*line, '--out', str(at/name)]) == 0
+    with pytest.raises(ValueError, match='holds 0000.png'): cli.run([*line, '--out', str(at/'search')])
+    few = [o if o != '2' or line[i-1] != '--n' else '1' for i, o in enumerate(line)]
+    assert cli.run([*few, '--out', str(at/'sample')]) == 0 and not (at/'sample'/'0001.png').exists()

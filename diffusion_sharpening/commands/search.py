@@ -18,9 +18,9 @@ from .heldout import check_judges, default_prompts
 from .load import as_trained, base_of, load_model, output_folder
 from .options import parse_settings
 from .provenance import provenance
-from .sample import write_pictures
+from .sample import LIST, check_free, files_of, write_pictures
 from ..data.tables import prompt_set
-from ..evaluation.measure import start_seeds
+from ..evaluation.measure import pictures_of, start_seeds
 from ..models.lora import lora_file
 from ..names.catalog import load_reward
 from ..rewards.mixture import Combined, Mixture
@@ -30,7 +30,7 @@ from ..search.protocol import affordable, between, draw_lineage, record
 from ..search.verifiers import WAYS
 from ..training.folder import locked
 from ..training.record import content, model_content
-from ..worlds.world import world_of
+from ..worlds.world import usual_reward, world_of
 
 # %% ../../nbs/13_commands/15_search.ipynb #79ace8fd
 def verifier(reward:str, # As for `search`
@@ -51,9 +51,9 @@ def begin(out:Path, # Folder of the results
     "Write down what is asked for, or check that the folder holds the same"
     file = out/'search.json'
     if not file.exists():
-        (out/'records').mkdir(exist_ok=True)
+        check_free(out, [*files_of(len(asked['prompts'])), LIST, 'records', 'lineage.png'])
         write_json(file, dict(asked=asked) | provenance())
-        return
+    (out/'records').mkdir(exist_ok=True)
     found = read_json(file)
     was = found.get('asked') if isinstance(found, dict) else None
     if not isinstance(was, dict): raise ValueError(f'out: {file} is not the record of a search')
@@ -115,7 +115,7 @@ class Task:
         own = slice(i, i + 1)
         res = self.find(self.model, self.judge, self.prompts[own], self.seeds[own], S=self.S,
                         budget=self.budget, **self.own)
-        return self.model.show(res.x0)[0].cpu(), res
+        return pictures_of(self.model.show(res.x0).cpu(), self.prompts[own])[0], res
 
 # %% ../../nbs/13_commands/15_search.ipynb #d0555a55
 def go_on(task:Task, # What is to be done
@@ -140,7 +140,7 @@ def search(
     name:str, # best_of_n, zero_order, paths, free2guide, demon, fk, or path/to/file.py:my_search
     model:str=None, # Embedded (`shapes`), a folder, or a name on the Hub; None: the LoRA's, or embedded
     lora:str=None, # Folder of a run, or of any LoRA
-    reward:str='clip', # The verifier: name, name@weights or name:weight,… (see `sharpen rewards`)
+    reward:str=None, # The verifier: name, name:weight,… (see `sharpen rewards`); None: the model's usual one
     combine:str=None, # How several rewards are compared: zscore, rank, borda, minmax or sum
     prompts:str=None, # World (held-out captions), FILE[:COLUMN], hf:owner/name:column; None: the model's
     budget:float=160., # Network evaluations for each picture
@@ -160,7 +160,7 @@ def search(
     model, out = base_of(model, lora), output_folder(out)
     texts = prompt_set(prompts or default_prompts(model), n, 'heldout', seed=1)[:n]
     world, seeds = world_of(model), start_seeds(seed, len(texts))
-    judge = verifier(reward, combine, world and world.name)
+    judge = verifier(reward or usual_reward(model), combine, world and world.name)
     d = load_model(model, guidance, lora, px=px, variant=variant)
     affordable(d, S, budget)
     check_judges({judge.name: judge}, texts, d)
