@@ -271,7 +271,7 @@ def test_sample_and_evaluate_with_lora(trained, xl, tmp_path, capsys):
     out = tmp_path/'pictures'
     model = ['--model', xl, '--lora', str(trained[0])]
     assert cli.run(['sample', *model, '--out', str(out), '--n', '3', '--S', '2']) == 0
-    assert sorted(o.stem for o in out.iterdir()) == ['0000', '0001', '0002', 'grid', 'prompts']
+    assert sorted(o.stem for o in out.iterdir()) == ['0000', '0001', '0002', 'grid', 'prompts', 'sample']
     assert Image.open(out/'0000.png').size == (64, 64)                              # no frame
     assert capsys.readouterr().out.strip() == f'{out}/grid.png'
     assert cli.run(['evaluate', *model, '--reward', 'checker', '--n', '12', '--S', '2', '--json']) == 0
