@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from .exam import Exam
 from .layouts.drawing import draw as draw_layouts
+from .layouts.features import load_features, page_sets
 from .layouts.grammar import page_groups, page_prompts, pages, prompt_of
 from .layouts.judges import PageExam, page_stats
 from .layouts.model import LayoutModel
@@ -37,6 +38,7 @@ class World:
     load: Callable|None = None # `(folder, guidance, eta) -> model`; None: they are diffusers pipelines
     eta: float = 0. # Fresh noise of each sampler step with which its models measure best
     stats: Callable = lambda things: {} # `things -> {name: (B,)}`: what else can be seen; {} for other things
+    sets: Callable = lambda things: {} # `things -> {name: number}`: what is measured on many things together
 
     def knows(self, prompts:list)->bool:
         "Whether all of these texts are prompts of this world"
@@ -78,6 +80,8 @@ def _layout_pairs(n, seed=0):
     x = pages(n, seed)
     return x, [prompt_of(o) for o in x]
 
+def _layout_sets(x): return page_sets(x, load_features(weights('layouts-features')))
+
 # %% ../../nbs/05_worlds/01_world.ipynb #b19bb7b3
 WORLDS = dict(
     shapes=World('shapes', prompts, _shapes_pairs, Checker(), show=lambda x: x,
@@ -87,7 +91,7 @@ WORLDS = dict(
                              aesthetic='shapes-aesthetic')),
     layouts=World('layouts', page_prompts, _layout_pairs, PageExam(), page_groups, draw_layouts,
                   models=dict(layouts='layouts-model'), judges=dict(tidy='layouts-model'), eta=1.,
-                  stats=page_stats, rewards=dict(tidy='worlds.layouts.judges:Tidy'), reward='tidy',
+                  stats=page_stats, sets=_layout_sets, rewards=dict(tidy='worlds.layouts.judges:Tidy'), reward='tidy',
                   load=LayoutModel.from_pretrained))
 
 # %% ../../nbs/05_worlds/01_world.ipynb #2fff522e
@@ -150,6 +154,7 @@ def _about_things(w, n):
     yield 'pictures in [0, 1]', 0 <= x.min() and x.max() <= 1
     yield 'one number for each thing', all(v.shape == (n,) for v in w.stats(things).values())
     yield 'no statistics of other things', w.stats(torch.zeros(n, 1)) == {}
+    yield 'a number for each measure of a set', all(isinstance(v, float) for v in w.sets(things).values())
     for folder in {**w.models, **w.judges}.values(): yield f'the weights {folder}', weights(folder).is_dir()
 
 # %% ../../nbs/05_worlds/01_world.ipynb #7850d7a1

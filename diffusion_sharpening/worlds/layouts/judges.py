@@ -77,7 +77,8 @@ def consistency(layouts:Tensor # `(B, 9, 5)`
 # %% ../../../nbs/05_worlds/layouts/07_judges.ipynb #d61a7550
 def page_stats(things # Of any world
               )->dict: # Name → `(B,)`; {} for other things
-    "Elements, and the area of an element"
+    "Alignment, overlap, margins and columns, number of elements, area of an element"
     if things.ndim != 3 or things.shape[1:] != (SLOTS, 5): return {}
     n = (things[..., 0] > 0).sum(-1).float()
-    return dict(elements=n, element_area=areas(things).sum(-1)/n.clamp(min=1))
+    return dict(alignment=alignment(things), overlap=overlap(things), consistency=consistency(things),
+                elements=n, element_area=areas(things).sum(-1)/n.clamp(min=1))
