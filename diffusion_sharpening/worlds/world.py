@@ -91,8 +91,8 @@ WORLDS = dict(
                              aesthetic='shapes-aesthetic')),
     layouts=World('layouts', page_prompts, _layout_pairs, PageExam(), page_groups, draw_layouts,
                   models=dict(layouts='layouts-model'), judges=dict(tidy='layouts-model'), eta=1.,
-                  stats=page_stats, sets=_layout_sets, rewards=dict(tidy='worlds.layouts.judges:Tidy'), reward='tidy',
-                  load=LayoutModel.from_pretrained))
+                  stats=page_stats, sets=_layout_sets, load=LayoutModel.from_pretrained,
+                  rewards=dict(tidy='worlds.layouts.judges:Tidy'), reward='tidy'))
 
 # %% ../../nbs/05_worlds/01_world.ipynb #2fff522e
 def world_of(model:str # Name of an embedded model, or the folder of its weights
