@@ -111,9 +111,9 @@ def sweep(letter:str, # A setting of the two sharpening methods
     made = {v: _sharpening(**{letter: v}) for v in values}
     return {f'{k}, {letter} = {v}': a for v, arms in made.items() for k, a in arms.items()}
 
-# %% ../../nbs/14_experiments/10_arms.ipynb #6bce11b2
-PAPERS = ['standard', 'SFT sharpening', 'RLHF sharpening', 'Diffusion-DPO', 'DDPO', 'D3PO', 'ReFL', 'GORS', 'GRAFT',
-          'P-GRAFT']
+# %% ../../nbs/14_experiments/10_arms.ipynb #dbeed7ef
+PAPERS = ['standard', 'SFT sharpening', 'RLHF sharpening', 'Diffusion-DPO', 'DDPO', 'D3PO', 'ReFL', 'GORS',
+          'GRAFT', 'P-GRAFT']
 GRAFTED = dict(n=8, S=10, K=2, noises=16)
 
 EXPERIMENTS = dict(
