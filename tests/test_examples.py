@@ -53,7 +53,7 @@ def smaller(line):
     if argv[0] in ('score', 'serve-reward'): numbers['--reward'] = {'clip': 'clip@shapes'}
     argv = [numbers.get(a, {}).get(b, b) for a, b in zip(['', *argv], argv)]
     new = argv[0] == 'train' and '--resume' not in argv
-    named = new or argv[0] in ('search', 'experiment')                                       # a name comes first
+    named = new or argv[0] in ('search', 'experiment')        # a name comes first
     if argv[0] != 'train' or new: argv[1 + named:1 + named] = FEW.get(argv[0], [])  # what is typed later wins
     if new and '--steps' not in argv: argv += ['--steps', 1]
     little = LITTLE + ['m=2']*('sft' in argv)

@@ -64,7 +64,7 @@ EXAMPLES = {
     'export': ['sharpen export runs/first', 'sharpen export runs/first --layout diffusers --out lora'],
     'push': ['sharpen push runs/first me/sharper --dry-run'],
     'experiment': ['sharpen experiment comparison --quick --only "NFT; DDPO; GRAFT"',
-                   'sharpen experiment fractions --model layouts --seeds 5'],
+                   'sharpen experiment fractions --seeds 5'],
     'methods': ['sharpen methods', 'sharpen methods --json'],
     'rewards': ['sharpen rewards']}
 

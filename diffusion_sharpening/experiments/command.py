@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['begin', 'runs_of', 'estimate', 'write_figures', 'experiment', 'said']
 
-# %% ../../nbs/14_experiments/14_command.ipynb #46733642
+# %% ../../nbs/14_experiments/14_command.ipynb #f1829258
 import warnings
 from pathlib import Path
 from ..basics.files import read_json, write_json
 from ..basics.words import brief
-from ..commands.load import output_folder, quiet
+from ..commands.load import base_of, output_folder, quiet
 from ..commands.provenance import provenance
 from .arms import Arm, arms_of
 from .bed import Bed, bed_of
@@ -66,10 +66,10 @@ def write_figures(found:dict, # From `compared`
     for name, fig in figs.items():
         for kind in ('svg', 'png'): fig.savefig(out/f'{name}.{kind}', dpi=120)
 
-# %% ../../nbs/14_experiments/14_command.ipynb #a839d91e
+# %% ../../nbs/14_experiments/14_command.ipynb #9eee2674
 def experiment(
     name:str, # comparison, table1, table2, table3 or fractions
-    model:str='shapes', # An embedded model, of whose world there is an exam
+    model:str=None, # An embedded model, of whose world there is an exam; None: the first
     reward:str=None, # The reward that is followed; None: the model's usual one
     budget:float=30000., # Network evaluations of a training; a pass with gradient counts three
     seeds:int=3, # Runs of each arm
@@ -86,6 +86,7 @@ def experiment(
     for k, v in dict(budget=budget, seeds=seeds, heldout=heldout).items():
         if v < 1: raise ValueError(f'{k}: expected at least 1, found {v:g}')
     more = tuple(k.strip() for k in also.split(',')) if also else ()
+    model = base_of(model)
     bed = bed_of(model, reward, budget=budget, heldout=heldout, also=more)
     arms = arms_of(name, only, bed.followed.differentiable)
     out = output_folder(out or f'runs/{name}-{Path(model).name}')

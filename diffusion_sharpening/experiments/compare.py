@@ -64,7 +64,7 @@ def _rows(records, part, k): return torch.tensor([[float('nan') if v is None els
 
 def against(records:list, # Of an arm, one for each seed
             base:list # Of the base, with the same seeds
-           )->dict: # `value` and `change`: name → interval; the same of `sets`; `curve` and costs of each seed
+           )->dict: # `value`, `change`, `stats`, `sets`: name → interval; `curve` and costs of each seed
     "What an arm came to"
     both = lambda part: [k for k in records[0][part] if k in base[0][part]]
     of = lambda f: {part: {k: f(part, k) for k in both(part)} for part in ('scores', 'stats')}
@@ -75,7 +75,7 @@ def against(records:list, # Of an arm, one for each seed
             if k in records[0]}
     return dict(value=value['scores'], change=change['scores'], stats=change['stats'], sets=sets) | rest
 
-# %% ../../nbs/14_experiments/12_compare.ipynb #253a464a
+# %% ../../nbs/14_experiments/12_compare.ipynb #ea342d27
 def compared(arms:dict, # Name → `Arm` or `Searched`
              bed:Bed, # Where
              seeds:list, # Of the runs
@@ -93,5 +93,6 @@ def compared(arms:dict, # Name → `Arm` or `Searched`
     arms = {k: tuned(k, a, bed, folder/'tries') if learns(a) else a for k, a in arms.items()}
     found = {}
     for seed in seeds:                                   # all arms with a seed, then the next
-        for name, arm in {'base': None, **arms}.items(): found.setdefault(name, []).append(run(name, arm, seed))
+        for name, arm in {'base': None, **arms}.items():
+            found.setdefault(name, []).append(run(name, arm, seed))
     return {k: against(v, found['base']) for k, v in found.items()}

@@ -31,7 +31,7 @@ def comparison_table(found:dict, # From `compared`
     text = columns([head, ['base', *base, cost(found['base'])], *rows])
     return f'{text}\nchanges against the base; over {over}'
 
-# %% ../../nbs/14_experiments/13_show.ipynb #02b839be
+# %% ../../nbs/14_experiments/13_show.ipynb #b1b6741e
 def draw_changes(found:dict, # From `compared`
                  judges:list, # Names of those that are drawn, a panel each
                  exam:str # Name of the exam, which orders the arms
@@ -49,6 +49,7 @@ def draw_changes(found:dict, # From `compared`
         ax.spines[['top', 'right', 'left']].set_visible(False)
     return fig
 
+# %% ../../nbs/14_experiments/13_show.ipynb #8d1aacd5
 def _bar(ax, y, change):
     low, high = change['low'], change['high']
     sure = low is not None and (low > 0 or high < 0)
