@@ -222,7 +222,7 @@ def test_validation_goes_on(made, tmp_path):
 
 
 def test_the_best_weights_go_on(made, tmp_path):
-    "What `keep_best` put aside is in the checkpoints: a resumed run ends with the same weights and says the same"
+    "What `keep_best` put aside is in the checkpoints: a resumed run ends with the same weights"
     more = dict(heldout=2, S_eval=2, validate_every=1, keep_best=True, lr=1e-2)
     rep = go(made, tmp_path/'a', 4, **more)
     go(made, tmp_path/'b', 3, **more)

@@ -26,7 +26,8 @@ from ..models.lora import lora_file
 from ..names.catalog import entry, packages
 from ..names.grammar import parse_spec
 from ..training.advice import advice
-from ..training.callbacks import Alarms, KeepBest, Log, Progress, Timer, Tracker, Validate, WinRate
+from ..training.callbacks import (
+    Alarms, KeepBest, Log, Progress, Timer, Tracker, Validate, WinRate)
 from ..training.folder import first_process, read_report, read_run, sums, taken
 from ..training.loop import Callback, train as fit
 from ..training.plan import Plan, plan as planned, plan_table, units_of

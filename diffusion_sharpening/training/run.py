@@ -46,7 +46,7 @@ class Run(Settings):
             raise ValueError('precision: float16 loses small gradients; expected float32 or bfloat16')
         super().__post_init__()
         if self.keep_best and not self.validate_every:
-            raise ValueError('keep_best: expected validate_every to say how often held-out prompts are scored')
+            raise ValueError('keep_best: expected validate_every, the batches between two looks, found 0')
         if self.compile: backend_of(self.compile)
         if self.compile and self.shard: raise ValueError('shard: expected a network that is not compiled')
 
