@@ -36,7 +36,8 @@ def to_graphs(
     bonds = items[..., KINDS:].unflatten(-1, (SLOTS, ORDERS))
     orders = (bonds + bonds.transpose(-2, -3)).argmax(-1)
     there = kinds > 0
-    both = there[..., :, None] & there[..., None, :] & ~torch.eye(SLOTS, dtype=torch.bool, device=items.device)
+    both = there[..., :, None] & there[..., None, :]
+    both = both & ~torch.eye(SLOTS, dtype=torch.bool, device=items.device)
     return torch.cat([torch.where(there, kinds + 1, 0)[..., None], orders*both], -1)
 
 # %% ../../../nbs/05_worlds/molecules/04_items.ipynb #bab9e99c
