@@ -46,10 +46,12 @@ def chemnet_distance(
     real:Tensor # int64 `(M, 7, 8)`
 ) -> float: # 0 is best; ValueError that says what to install
     "Fréchet ChemNet distance"
-    if not find_spec('fcd'): raise ValueError('chemnet_distance: expected the package fcd, found none; pip install fcd')
+    if not find_spec('fcd'):
+        raise ValueError('chemnet_distance: expected the package fcd, found none; pip install fcd')
     from fcd import get_predictions, load_ref_model
     net = load_ref_model()
-    seen = [get_predictions(net, [s for g in x if (s := smiles(g))], n_jobs=0, device='cpu') for x in (made, real)]
+    texts = [[s for g in x if (s := smiles(g))] for x in (made, real)]
+    seen = [get_predictions(net, s, n_jobs=0, device='cpu') for s in texts]
     return frechet(*map(torch.from_numpy, seen))
 
 # %% ../../../nbs/05_worlds/molecules/08_chemistry.ipynb #036e43a9
