@@ -17,8 +17,8 @@ from diffusion_sharpening.rewards.remote import serving
 
 OWN = 'def redness(images, prompts): return images[:, 0].mean((1, 2))\n'
 FEW = dict(train=['--heldout', 2, '--S-eval', 1], sample=['--n', 2, '--S', 1], evaluate=['--n', 2, '--S', 1],
-           search=['--n', 2, '--S', 2],
-           demo=['--steps', 1])
+           search=['--n', 2, '--S', 2], demo=['--steps', 1],
+           experiment=['--budget', 400, '--heldout', 4, '--no-tune'])
 LITTLE = 'n=2 S=2 batch=2 rank=2'.split()
 NEEDS = {'image_reward': 'clip@shapes'}      # weights that are not shipped → some that are
 
@@ -49,11 +49,11 @@ def smaller(line):
     while '=' in argv[0]: k, _, v = argv.pop(0).partition('='); env[k] = v
     argv = [NEEDS.get(a, a) for a in argv[1:]]
     numbers = {'--steps': {'100': '1', '200': '2'}, '--port': {'8765': '0'},
-               '--budget': {'160': '4', '400': '12'}}
+               '--budget': {'160': '4', '400': '12'}, '--seeds': {'5': '1'}}
     if argv[0] in ('score', 'serve-reward'): numbers['--reward'] = {'clip': 'clip@shapes'}
     argv = [numbers.get(a, {}).get(b, b) for a, b in zip(['', *argv], argv)]
     new = argv[0] == 'train' and '--resume' not in argv
-    named = new or argv[0] == 'search'                                            # a name comes first
+    named = new or argv[0] in ('search', 'experiment')        # a name comes first
     if argv[0] != 'train' or new: argv[1 + named:1 + named] = FEW.get(argv[0], [])  # what is typed later wins
     if new and '--steps' not in argv: argv += ['--steps', 1]
     little = LITTLE + ['m=2']*('sft' in argv)

@@ -40,6 +40,7 @@ COMMANDS = {
     'plan': Command('commands.train:plan', 'training.plan:plan_table', settings=True, json=True),
     'export': Command('commands.interchange:export', 'builtins:str'),
     'push': Command('commands.interchange:push', 'commands.lists:as_json'),
+    'experiment': Command('experiments.command:experiment', 'experiments.command:said', json=True),
     'methods': Command('commands.lists:methods', 'commands.lists:methods_said', json=True),
     'rewards': Command('commands.lists:rewards', 'commands.lists:rewards_said', json=True)}
 
@@ -62,6 +63,8 @@ EXAMPLES = {
     'plan': ['sharpen plan rlhf --model sdxl --px 512 --device h200'],
     'export': ['sharpen export runs/first', 'sharpen export runs/first --layout diffusers --out lora'],
     'push': ['sharpen push runs/first me/sharper --dry-run'],
+    'experiment': ['sharpen experiment comparison --quick --only "NFT; DDPO; GRAFT"',
+                   'sharpen experiment fractions --seeds 5'],
     'methods': ['sharpen methods', 'sharpen methods --json'],
     'rewards': ['sharpen rewards']}
 

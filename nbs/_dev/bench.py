@@ -19,12 +19,13 @@ from diffusion_sharpening.commands.load import quiet
 from diffusion_sharpening.data.sources import Batch
 from diffusion_sharpening.maths.choice import pair, pick, standardise, weights
 from diffusion_sharpening.maths.losses import denoising, log_ratio
-from diffusion_sharpening.maths.rollout import rollout
+from diffusion_sharpening.maths.rollout import Meter, rollout
 from diffusion_sharpening.maths.samplers import step
 from diffusion_sharpening.maths.schedules import add_noise, target
 from diffusion_sharpening.methods.catalog import METHODS, find
 from diffusion_sharpening.methods.parts import (
     along_path, begun, candidate_seeds, from_noises, from_prompt, margin_loss, path_error, path_rows, turned)
+from diffusion_sharpening.methods.protocol import noise_columns
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.names.catalog import load_reward
@@ -146,10 +147,10 @@ def learner(folder, name, preset='default', **changes):
     prepare(d, run, method)
     return d, run, method
 
-def one_batch(d, B):
-    "Prompts and latents of one update"
+def one_batch(d, method, B):
+    "Prompts of one update, and latents where the method learns from them"
     texts, i = (prompts*B)[:B], torch.arange(B)
-    return Batch(texts, d.encode(texts), fold(0, i), dict(x0=noise(i, START, d.item, d.device)))
+    return Batch(texts, d.encode(texts), fold(0, i), noise_columns(method, d.item, B))
 
 class Bright(Reward):
     "A reward that costs nothing"
@@ -195,7 +196,7 @@ def gradient(d, loss):
 def bench_selection(folder, batch, n, m, repeat):
     "Seconds, graph and peak memory of one update (rollout, choice, loss, backward) in both ways"
     d, _, method = learner(folder, 'sft', 'paper', n=n, m=m, S=max(20, m))
-    args, g = (d, method, one_batch(d, batch)), torch.Generator().manual_seed(0)
+    args, g = (d, method, one_batch(d, method, batch)), torch.Generator().manual_seed(0)
     for p in d.trainable(): p.data += .01*torch.randn(p.shape, generator=g).to(p.device)
     grads, graph = {}, {}
     for k, f in ways.items():
@@ -252,7 +253,7 @@ def bench_update(folder, batch, n, m, repeat):
     judge, out = load_reward('clip', WORLD), {}
     for name in ('sft', 'rlhf'):
         d, _, method = learner(folder, name, 'paper', n=n, m=m, S=max(20, m))
-        args = d, method, one_batch(d, batch), judge
+        args = d, method, one_batch(d, method, batch), judge
         rows = paired({k: lambda f=f: gradient(d, f(*args)) for k, f in updates.items()}, repeat)
         peaks = {k: peak(folder, batch, n, m, f'{name}-{k}') for k in updates}
         out[name] = dict(seconds=typical(rows), peak_MB=peaks,
@@ -299,8 +300,8 @@ def child(a):
     f, judge = ((list(ways.values())[int(way)], Bright()) if way.isdigit()
                 else (updates[way], load_reward('clip', WORLD)))
     update = lambda b: gradient(d, f(d, method, b, judge))
-    update(one_batch(d, 1))
-    batch = one_batch(d, a.train_batch)
+    update(one_batch(d, method, 1))
+    batch = one_batch(d, method, a.train_batch)
     reset_peak()
     before = peak_mb()
     update(batch)
@@ -316,14 +317,13 @@ def bench_method(folder, name, preset, batch, n, repeat):
               torch.optim.AdamW(d.trainable(), lr=1e-5))
     lesson, took = None, []
     for i in range(repeat + 1):                                      # the first one warms up
-        once = {}
-        def gather(): once['lesson'] = collect(s, one_batch(d, batch))
+        once, s.meter, s.k = {}, Meter(d), i
+        def gather(): once['lesson'] = collect(s, one_batch(d, method, batch))
         first = seconds(gather)
         lesson = once['lesson']
         took.append(dict(collect=first,
                          learn=seconds(lambda: [learn(s, lesson, u) for u in range(method.updates)])))
-    return dict(method=name, preset=preset, seconds=typical(took[1:]), nfe=lesson.log['nfe'],
-                rows=len(lesson),
+    return dict(method=name, preset=preset, seconds=typical(took[1:]), nfe=s.meter.nfe, rows=len(lesson),
                 updates=method.updates)
 
 def bench_methods(folder, batch, n, repeat):
