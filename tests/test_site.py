@@ -1,5 +1,5 @@
-"""The documentation site as a reader meets it: built, served from this machine, opened in headless Chromium. Skipped
-where Chromium is missing (`apt-get install chromium`)."""
+"""The documentation site as a reader meets it: built, served from this machine, opened in headless Chromium.
+Skipped where Chromium is missing (`apt-get install chromium`)."""
 import functools, http.server, re, shutil, subprocess, sys, threading
 from html import unescape
 from html.parser import HTMLParser
@@ -12,13 +12,15 @@ browser_only = pytest.mark.skipif(not chromium, reason='no chromium here: apt-ge
 WIDTHS = (390, 1366, 1400, 1920)
 EIGHT = ('index.html', '00_start/how_do_i.html', '00_start/does_it_sharpen.html', '02_maths/losses.html',
          '12_training/run.html', '08_methods/parts.html', 'reference/gallery.html', 'reference/names.html')
-QUESTIONS = {'how do I use my own reward': 'how_do_i', 'learning rate': 'how_do_i', 'which method when': 'which_method'}
+QUESTIONS = {'how do I use my own reward': 'how_do_i', 'learning rate': 'how_do_i',
+             'which method when': 'which_method'}
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     "The site, built without a warning"
     out = tmp_path_factory.mktemp('site')/'docs'
-    res = subprocess.run([sys.executable, root/'nbs'/'_dev'/'build_docs.py', out], capture_output=True, text=True)
+    build = [sys.executable, root/'nbs'/'_dev'/'build_docs.py', out]
+    res = subprocess.run(build, capture_output=True, text=True)
     assert res.returncode == 0, res.stdout + res.stderr
     assert 'WARNING' not in res.stderr
     return out
@@ -48,7 +50,8 @@ def pages(site):
     return out
 
 def test_every_notebook_has_its_page(pages):
-    notebooks = [p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(root).parts)]
+    found = [p.relative_to(root) for p in (root/'nbs').rglob('*.ipynb')]
+    notebooks = [p for p in found if not any(o[0] in '._' for o in p.parts)]
     assert len(pages) >= len(notebooks)
 
 def test_every_picture_has_a_text(pages):
@@ -104,13 +107,13 @@ def tab(address):
         tab.on('requestfailed', lambda r: tab.wrong.append(f'{r.url}: {r.failure}')
                if 'ABORTED' not in r.failure else None)            # what the last page still asked for
         tab.on('response', lambda r: tab.wrong.append(f'{r.url}: {r.status}') if r.status >= 400 else None)
-        tab.on('request', lambda r: tab.wrong.append(f'{r.url}: not ours') if not r.url.startswith(address) else None)
+        tab.on('request', lambda r: None if r.url.startswith(address) else tab.wrong.append(f'{r.url}: not ours'))
         tab.on('console', lambda m: tab.wrong.append(m.text) if m.type == 'error' else None)
         yield tab
         browser.close()
 
-WIDER = '''() => [...document.querySelectorAll('article.bd-article, .content, article')].some(
-    e => e.getBoundingClientRect().right > innerWidth + 1) || document.documentElement.scrollWidth > innerWidth'''
+WIDER = '''() => document.documentElement.scrollWidth > innerWidth ||
+    [...document.querySelectorAll('.content, article')].some(e => e.getBoundingClientRect().right > innerWidth + 1)'''
 
 @browser_only
 @pytest.mark.parametrize('page', EIGHT)
@@ -136,13 +139,12 @@ def test_formulas_are_drawn(tab, address, pages):
     "KaTeX draws every formula of the site, and does so on a page"
     found = [(unescape(tex).strip(), bool(display)) for p in pages.values() for display, tex in
              re.findall(r'class="math( display)? notranslate"[^>]*>(.*?)</', p.text, re.S)]
-    gathered = [(rf'\begin{{gathered}}{t}\end{{gathered}}', d) if d and r'\\' in t and r'\begin' not in t else (t, d)
-                for t, d in found]
+    rows = lambda t, d: d and r'\\' in t and r'\begin' not in t
+    gathered = [(rf'\begin{{gathered}}{t}\end{{gathered}}' if rows(t, d) else t, d) for t, d in found]
     assert len(found) > 500
     tab.goto(f'{address}/02_maths/losses.html')
     assert tab.evaluate(DRAW, gathered) == []
-    assert tab.evaluate("document.querySelectorAll('.math').length === document.querySelectorAll('.math > .katex, "
-                        ".math > .katex-display').length")
+    assert tab.evaluate("[...document.querySelectorAll('.math')].every(e => e.querySelector('.katex'))")
 
 @browser_only
 @pytest.mark.parametrize('question', QUESTIONS)
@@ -151,6 +153,6 @@ def test_search_finds(tab, address, question):
     tab.wrong.clear()
     tab.goto(f"{address}/search.html?q={question.replace(' ', '+')}")
     tab.wait_for_selector('#search-results ul.search li a', timeout=15_000)
-    first = tab.evaluate("[...document.querySelectorAll('#search-results ul.search li a')].slice(0, 3).map(e => e.href)")
+    first = tab.eval_on_selector_all('#search-results ul.search li a', 'all => all.slice(0, 3).map(e => e.href)')
     assert any(f'/{QUESTIONS[question]}.html' in o for o in first), first
     assert tab.wrong == []

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..basics.files import read_json, write_json, write_whole
 from ..basics.pictures import as_png
 
-# %% ../../nbs/15_widgets/03_curation.ipynb #b90c5614
+# %% ../../nbs/15_widgets/03_curation.ipynb #04063f34
 class Curation:
     "Samples that a person accepts or rejects"
     def __init__(self,
@@ -20,7 +20,8 @@ class Curation:
         folder # For the accepted pictures and their captions
     ):
         if len(prompts) != len(pictures):
-            raise ValueError(f'prompts: expected one for each of {len(pictures)} pictures, found {len(prompts)}')
+            raise ValueError(f'prompts: expected one for each of {len(pictures)} pictures, '
+                             f'found {len(prompts)}')
         self.prompts, self.pictures, self.folder = list(prompts), pictures, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.notes = self.folder.with_name(self.folder.name + '.json')

@@ -94,10 +94,10 @@ def winners(e:Explored # What was explored
     "The branch that each rule would choose"
     return {k: int(rule(e.rewards).argmax()) for k, rule in RULES.items()}
 
-# %% ../../nbs/15_widgets/01_explorer.ipynb #89fc3a31
+# %% ../../nbs/15_widgets/01_explorer.ipynb #fb36eb46
 def at_step(e:Explored, i:int # Number of the step, from 0
            ): # Figure of matplotlib
-    "The clean estimates of one step with their rewards; who wins by which rule is framed and named in the title"
+    "The clean estimates of one step with their rewards; who wins is framed and named"
     who = winners(e)
     said = [', '.join(k for k, w in who.items() if w == j) for j in range(e.rewards.shape[1])]
     rows = [Row(f'step {i + 1} of {len(e.times)}, t = {e.times[i]:.3g}', e.pictures[i],
@@ -105,13 +105,14 @@ def at_step(e:Explored, i:int # Number of the step, from 0
     named = '; '.join(f'branch {j + 1}: {s}' for j, s in enumerate(said) if s)
     return draw_rows(f'{e.prompt} · wins: {named}', rows)
 
-# %% ../../nbs/15_widgets/01_explorer.ipynb #a12bb98e
+# %% ../../nbs/15_widgets/01_explorer.ipynb #65269923
 def filmstrip(e:Explored, k:int=5 # Pictures of each branch
              ): # Figure of matplotlib
     "Every branch as a row of clean estimates; the one that ends best is framed in green, the worst in red"
     at = torch.linspace(0, len(e.times) - 1, k).round().long().tolist()
     best, worst = e.rewards[-1].argmax(), e.rewards[-1].argmin()
     sign = [float(j == best) - float(j == worst) for j in range(e.rewards.shape[1])]
-    rows = [Row(f'branch {j + 1}', e.pictures[at, j], [f't = {e.times[i]:.3g}: {e.rewards[i, j]:.3f}' for i in at],
-                torch.full((k,), w)) for j, w in enumerate(sign)]
+    said = lambda j: [f't = {e.times[i]:.3g}: {e.rewards[i, j]:.3f}' for i in at]
+    rows = [Row(f'branch {j + 1}', e.pictures[at, j], said(j), torch.full((k,), w))
+            for j, w in enumerate(sign)]
     return draw_rows(e.prompt, rows)

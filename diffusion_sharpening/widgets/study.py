@@ -15,7 +15,7 @@ from ..basics.seeds import stream
 from ..basics.words import one_of
 from ..methods.steps import whole_paths
 
-# %% ../../nbs/15_widgets/02_study.ipynb #c519fdb0
+# %% ../../nbs/15_widgets/02_study.ipynb #1261385d
 class Study:
     "Blind comparisons of two pictures of one prompt, kept on disk"
     def __init__(self,
@@ -24,7 +24,8 @@ class Study:
         seed:int=0, # Of the order of sides
         names:tuple=('first', 'second') # What the two are called in results, never while asking
     ):
-        self.pairs, self.path, self.seed, self.names = [tuple(p) for p in pairs], Path(path), seed, tuple(names)
+        self.pairs, self.path = [tuple(p) for p in pairs], Path(path)
+        self.seed, self.names = seed, tuple(names)
         self.answers = self._read() if self.path.exists() else []
 
     def _read(self):
@@ -33,7 +34,8 @@ class Study:
         for i, r in enumerate(rows):
             known = self._about(i) if i < len(self.pairs) else None
             if known != {k: r.get(k) for k in known or ()}:
-                raise ValueError(f'{self.path}, line {i + 1}: expected an answer of this study, found one of another')
+                raise ValueError(f'{self.path}, line {i + 1}: '
+                                 'expected an answer of this study, found one of another')
         return rows
 
     def _about(self, i):

@@ -20,7 +20,7 @@ def figure_png(fig # Of matplotlib; it is closed
     plt.close(fig)
     return buf.getvalue()
 
-# %% ../../nbs/15_widgets/04_views.ipynb #378c6362
+# %% ../../nbs/15_widgets/04_views.ipynb #f5249074
 class ExplorerView:
     "Branches of a caption, step by step"
     def __init__(self,
@@ -42,8 +42,8 @@ class ExplorerView:
 
     def explore(self):
         "Make the branches, and show the first step; what is wrong is said in one line"
-        try: self.seen = explore(self.model, self.judge, self.prompt.value, self.seed.value, self.branch.value,
-                                 eta=self.eta.value, **self.more)
+        asked = self.prompt.value, self.seed.value, self.branch.value
+        try: self.seen = explore(self.model, self.judge, *asked, eta=self.eta.value, **self.more)
         except ValueError as e: self.said.value = html.escape(str(e)); return
         self.said.value = ''
         self.step.max = len(self.seen.times) - 1
@@ -71,7 +71,7 @@ KEYS = """<script>(() => {
   document.addEventListener('keydown', window.sharpenKeys, true);
 })();</script>"""
 
-# %% ../../nbs/15_widgets/04_views.ipynb #a4f25da2
+# %% ../../nbs/15_widgets/04_views.ipynb #98db95a7
 class StudyView:
     "Two pictures and three answers"
     def __init__(self,
@@ -87,7 +87,8 @@ class StudyView:
         for k, b in self.buttons.items():
             b.add_class(f'sharpen-{k}')
             b.on_click(lambda _, k=k: self.press(k))
-        self.box = w.VBox([self.prompt, w.HBox(self.pictures), w.HBox(list(self.buttons.values())), self.said])
+        answers = w.HBox(list(self.buttons.values()))
+        self.box = w.VBox([self.prompt, w.HBox(self.pictures), answers, self.said])
         self.box.add_class('sharpen-study')
         self.draw()
 
@@ -120,7 +121,7 @@ class StudyView:
         from IPython.display import HTML, display
         display(HTML(KEYS), self.box)
 
-# %% ../../nbs/15_widgets/04_views.ipynb #8f38eea1
+# %% ../../nbs/15_widgets/04_views.ipynb #9d94b675
 class CurationView:
     "A grid of samples to accept or to reject"
     looks = {None: ('not looked at', ''), True: ('accepted', 'success'), False: ('rejected', 'danger')}
@@ -151,7 +152,8 @@ class CurationView:
             ):
         "The mark of a sample, and how many are accepted"
         self.buttons[i].description, self.buttons[i].button_style = self.looks[self.curation.marks[i]]
-        self.said.value = f'{len(self.curation.accepted)} accepted, in {html.escape(self.curation.folder.name)}'
+        where = html.escape(self.curation.folder.name)
+        self.said.value = f'{len(self.curation.accepted)} accepted, in {where}'
 
     def _ipython_display_(self):
         from IPython.display import display

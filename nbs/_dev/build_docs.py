@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Build the documentation site in _docs/ from the notebooks, without Quarto and without running anything: each
-notebook becomes a page for MyST-NB in _proc/site, and Sphinx makes the site. Another folder may be named."""
+"""Build the documentation site in _docs/ from the notebooks, without Quarto and without running anything:
+each notebook becomes a page for MyST-NB in _proc/site, and Sphinx makes the site. Another folder may be named."""
 import base64, io, json, os, re, shutil, subprocess, sys, tarfile
 from pathlib import Path
 from execnb.nbio import mk_cell, write_nb
@@ -24,7 +24,7 @@ def groups_of(pages):
     for p in pages:
         folder = group_title(p.path.parent.as_posix())
         if p.path.stem != 'index': groups.setdefault(folder, []).append([p.out.as_posix(), p.title])
-    groups.setdefault('Reference', []).extend([['reference/gallery', 'Gallery'], ['reference/names', 'Names']])
+    groups.setdefault('Reference', []).extend([[f'reference/{o}', o.capitalize()] for o in ('gallery', 'names')])
     return groups
 
 def contents(groups):
@@ -35,7 +35,8 @@ def contents(groups):
 def names_page(pages):
     "Every public name of the library in the order of the alphabet, with one line on each"
     things = sorted((o for p in pages for o in p.things), key=lambda o: (o.name.lower(), o.page))
-    parts, letter = ['# Names', '{.subtitle}\nEvery public function and class, in the order of the alphabet'], ''
+    parts = ['# Names', '{.subtitle}\nEvery public function and class, in the order of the alphabet']
+    letter = ''
     for o in things:
         if o.name[0].upper() != letter:
             letter = o.name[0].upper()
@@ -63,8 +64,8 @@ def gallery(pages, made):
     for i, p in enumerate(pages):
         if not (found := first_picture(made[p.path])): continue
         thumbnail(''.join(found[0]), site/'reference'/'pictures'/f'{i}.png')
-        parts.append(f'<a href="../{p.out.as_posix()}.html"><img src="pictures/{i}.png" alt="{escaped(found[1])}" '
-                     f'loading="lazy"><span>{escaped(p.title)}</span></a>')
+        parts.append(f'<a href="../{p.out.as_posix()}.html"><img src="pictures/{i}.png" '
+                     f'alt="{escaped(found[1])}" loading="lazy"><span>{escaped(p.title)}</span></a>')
     return '\n\n'.join(parts[:2]) + '\n\n' + '\n'.join(parts[2:]) + '\n</div>\n'
 
 def escaped(text): return text.replace('&', '&amp;').replace('"', '&quot;').replace('<', '&lt;')

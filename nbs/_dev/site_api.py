@@ -96,7 +96,7 @@ def parameters(node, notes, method=False):
     ends = [n for n in sorted(notes) if node.lineno <= n <= last and (n > header or n not in at)]
     lines = {}
     for stars, p, d in args:
-        if p is not None: lines.setdefault(p.end_lineno if d is None else d.end_lineno, []).append((stars, p, d))
+        if p is not None: lines.setdefault((d or p).end_lineno, []).append((stars, p, d))
     one_line = node.lineno == last or header == node.lineno
     for n, ps in lines.items():
         said = '' if one_line else notes.get(n, '')
@@ -138,8 +138,8 @@ def settings(node, notes):
 def methods(node):
     "The public methods of a class that say what they do"
     found = [o for o in node.body if isinstance(o, functions) and o.name[0] != '_' and ast.get_docstring(o)]
-    rows = [(code(o.name if is_property(o) else f"{o.name}({', '.join(written(*a) for a in arguments(o, not is_static(o)))})"),
-             cell(about(o))) for o in found]
+    def call(o): return f"{o.name}({', '.join(written(*a) for a in arguments(o, not is_static(o)))})"
+    rows = [(code(o.name if is_property(o) else call(o)), cell(about(o))) for o in found]
     return table(rows, ('Method', 'What it does'))
 
 def class_text(node, notes, linked):

@@ -10,6 +10,11 @@ LONG = 15                                          # lines of code that are show
 CHECKS = 8                                         # lines of checks that are shown without a fold
 checking = re.compile(r'test_\w+|assert_\w+|check_\w+')
 
+# code, directives, rows of tables, formulas and links, in which no name is linked
+apart = re.compile(r'(^```.*?^```|^:::.*?$|^\|.*?$|\$\$.*?\$\$|!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*\))',
+                   re.S | re.M)
+to_notebook = re.compile(r'\]\((?!\w+:)([^)#\s]+\.ipynb)((?:#[^)\s]*)?)\)')
+
 def number_free(name): return re.sub(r'^\d+[a-z]?_', '', name)
 
 @dataclass
@@ -47,7 +52,8 @@ def read_page(path, nbs):
     page.title = head.splitlines()[0].removeprefix('# ').strip()
     sub = re.search(r'^> *(.*)$', head, re.M)
     page.about = sub[1].strip() if sub else ''
-    page.module = next((m[1] for c in nb.cells if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', c.source, re.M))), '')
+    exp = re.search(r'^#\|\s*default_exp\s+(\S+)', '\n'.join(c.source for c in nb.cells), re.M)
+    page.module = exp[1] if exp else ''
     page.things = things_in(exports(nb), page.out.as_posix(), page.module)
     page.names = imported([bare(c) for c in nb.cells if c.cell_type == 'code'])
     return page
@@ -91,16 +97,15 @@ class Links:
             to = self.pages.get(os.path.normpath(page.path.parent/m[1]))
             return f'](/{to.out.as_posix()}.ipynb{m[2]})' if to else m[0]
         def name(m): return self.linked(m[1], page, m[0])
-        parts = re.split(r'(^```.*?^```|^:::.*?$|^\|.*?$|\$\$.*?\$\$|!?\[(?:[^\[\]]|\[[^\]]*\])*\]\([^)]*\))', text,
-                         flags=re.S | re.M)
+        parts = re.split(apart, text)
         for i, p in enumerate(parts):
             if i % 2 == 0: p = re.sub(r'(?<![`\\\w])`([A-Za-z_][\w.]*)(?:\(\))?`(?!`)', name, p)
-            parts[i] = p if p.startswith('```') else re.sub(r'\]\((?!\w+:)([^)#\s]+\.ipynb)((?:#[^)\s]*)?)\)', notebook, p)
+            parts[i] = p if p.startswith('```') else to_notebook.sub(notebook, p)
         return ''.join(parts)
 
 def texts_of(tree):
     "What is written on a figure, as far as its code says: titles and names of axes"
-    wanted = ('xlabel', 'ylabel', 'title', 'suptitle', 'set_xlabel', 'set_ylabel', 'set_title', 'supxlabel', 'supylabel')
+    wanted = 'xlabel ylabel title suptitle supxlabel supylabel set_xlabel set_ylabel set_title'.split()
     def text(o): return o.value if isinstance(o, ast.Constant) and isinstance(o.value, str) else ''
     found = []
     for o in ast.walk(tree):
@@ -120,15 +125,17 @@ def alternative(cell, page, heading, prose):
     said = re.split(r'(?<=[.?!]) (?=[A-Z])', lines[-1])[-1] if lines else ''
     kind = 'Chart' if 'axis' in drawn else 'Pictures'
     where = heading if heading == page.title else f'{page.title}, {heading}'
-    return '. '.join(t.rstrip('.:') for t in [f'{kind}: {where}', drawn, said] if t)[:400].replace('"', "'") + '.'
+    text = '. '.join(t.rstrip('.:') for t in [f'{kind}: {where}', drawn, said] if t)
+    return text[:400].replace('"', "'") + '.'
 
 def checks_only(source):
     "Is this a cell of many checks and nothing to look at?"
     tree = parsed(source)
     if not tree or source.count('\n') < CHECKS: return False
-    calls = [o for o in ast.walk(tree) if isinstance(o, ast.Call) and checking.fullmatch(getattr(o.func, 'id', ''))]
-    calls += [o for o in ast.walk(tree) if isinstance(o, ast.Assert)]
-    return 2*len(calls) >= len(tree.body)
+    called = [getattr(o.func, 'id', '') for o in ast.walk(tree) if isinstance(o, ast.Call)]
+    checks = [o for o in called if checking.fullmatch(o)]
+    checks += [o for o in ast.walk(tree) if isinstance(o, ast.Assert)]
+    return 2*len(checks) >= len(tree.body)
 
 def folded(c, prompt):
     c.metadata.tags.append('hide-input')
@@ -156,7 +163,8 @@ def shown(c, page, links, heading, prose):
     if option(c, 'echo') == 'false': c.metadata.tags.append('remove-input')
     if option(c, 'output') == 'false': c.metadata.tags.append('remove-output')
     for o in c.outputs:
-        if md := o.get('data', {}).get('text/markdown'): o.data['text/markdown'] = links.text(''.join(md), page)
+        if md := o.get('data', {}).get('text/markdown'):
+            o.data['text/markdown'] = links.text(''.join(md), page)
     pictures = any('image/png' in o.get('data', {}) for o in c.outputs)
     alt = alternative(c, page, heading, prose) if pictures else ''
     c.source = bare(c)
@@ -182,7 +190,7 @@ def convert(page, links, package):
     for c in page.nb.cells:
         if c.cell_type == 'markdown':
             if first:
-                head = [f'# {page.title}', sub] + ([origin(page, package)] if page.path.stem != 'index' else [])
+                head = [f'# {page.title}', sub, '' if page.path.stem == 'index' else origin(page, package)]
                 cells.append(mk_cell('\n\n'.join(h for h in head if h), 'markdown'))
                 first = False
                 continue

@@ -1,5 +1,5 @@
-"""A Sphinx extension: formulas stay plain TeX, which math.js draws in the browser with our KaTeX files; each page says
-in its head what it is about; and a search may be a question"""
+"""A Sphinx extension: formulas stay plain TeX, which math.js draws in the browser with our KaTeX files; each page
+says in its head what it is about; and a search may be a question"""
 import json
 from functools import cache
 from html import escape
@@ -7,7 +7,8 @@ from pathlib import Path
 from docutils.nodes import SkipNode
 from sphinx.search.en import SearchEnglish
 
-QUESTION = 'how do does did i my me we our you your can could should would what which when where why who use using used'
+QUESTION = ('how do does did i my me we our you your can could should would what which when where why who '
+            'use using used')
 
 def slug(title):
     "The anchor of a heading: `Denoiser.predict` → `denoiser.predict`"
