@@ -107,13 +107,14 @@ def tab(address):
         tab.on('requestfailed', lambda r: tab.wrong.append(f'{r.url}: {r.failure}')
                if 'ABORTED' not in r.failure else None)            # what the last page still asked for
         tab.on('response', lambda r: tab.wrong.append(f'{r.url}: {r.status}') if r.status >= 400 else None)
-        tab.on('request', lambda r: None if r.url.startswith(address) else tab.wrong.append(f'{r.url}: not ours'))
+        ours = lambda r: r.url.startswith(address)
+        tab.on('request', lambda r: None if ours(r) else tab.wrong.append(f'{r.url}: elsewhere'))
         tab.on('console', lambda m: tab.wrong.append(m.text) if m.type == 'error' else None)
         yield tab
         browser.close()
 
 WIDER = '''() => document.documentElement.scrollWidth > innerWidth ||
-    [...document.querySelectorAll('.content, article')].some(e => e.getBoundingClientRect().right > innerWidth + 1)'''
+    [...document.querySelectorAll('.content')].some(e => e.getBoundingClientRect().right > innerWidth + 1)'''
 
 @browser_only
 @pytest.mark.parametrize('page', EIGHT)
@@ -153,6 +154,7 @@ def test_search_finds(tab, address, question):
     tab.wrong.clear()
     tab.goto(f"{address}/search.html?q={question.replace(' ', '+')}")
     tab.wait_for_selector('#search-results ul.search li a', timeout=15_000)
-    first = tab.eval_on_selector_all('#search-results ul.search li a', 'all => all.slice(0, 3).map(e => e.href)')
+    links = '#search-results ul.search li a'
+    first = tab.eval_on_selector_all(links, 'all => all.slice(0, 3).map(e => e.href)')
     assert any(f'/{QUESTIONS[question]}.html' in o for o in first), first
     assert tab.wrong == []

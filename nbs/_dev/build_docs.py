@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Build the documentation site in _docs/ from the notebooks, without Quarto and without running anything:
-each notebook becomes a page for MyST-NB in _proc/site, and Sphinx makes the site. Another folder may be named."""
+each notebook becomes a page for MyST-NB in _proc/site, and Sphinx makes the site. Another
+folder may be named."""
 import base64, io, json, os, re, shutil, subprocess, sys, tarfile
 from pathlib import Path
 from execnb.nbio import mk_cell, write_nb
@@ -24,7 +25,8 @@ def groups_of(pages):
     for p in pages:
         folder = group_title(p.path.parent.as_posix())
         if p.path.stem != 'index': groups.setdefault(folder, []).append([p.out.as_posix(), p.title])
-    groups.setdefault('Reference', []).extend([[f'reference/{o}', o.capitalize()] for o in ('gallery', 'names')])
+    made = [[f'reference/{o}', o.capitalize()] for o in ('gallery', 'names')]
+    groups.setdefault('Reference', []).extend(made)
     return groups
 
 def contents(groups):

@@ -1,5 +1,5 @@
-"""A Sphinx extension: formulas stay plain TeX, which math.js draws in the browser with our KaTeX files; each page
-says in its head what it is about; and a search may be a question"""
+"""A Sphinx extension: formulas stay plain TeX, which math.js draws in the browser with our KaTeX files; each
+page says in its head what it is about; and a search may be a question"""
 import json
 from functools import cache
 from html import escape
