@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['KEYS', 'figure_png', 'ExplorerView', 'StudyView', 'CurationView']
 
-# %% ../../nbs/15_widgets/04_views.ipynb #4602912f
+# %% ../../nbs/15_widgets/04_views.ipynb #e73338c8
 import html, io
+from ..basics.stats import shown
 from .curation import Curation
 from .explorer import BRANCHES, at_step, explore
 from .study import Study, save_choices, tally
@@ -71,7 +72,7 @@ KEYS = """<script>(() => {
   document.addEventListener('keydown', window.sharpenKeys, true);
 })();</script>"""
 
-# %% ../../nbs/15_widgets/04_views.ipynb #98db95a7
+# %% ../../nbs/15_widgets/04_views.ipynb #cd3cb7fa
 class StudyView:
     "Two pictures and three answers"
     def __init__(self,
@@ -114,7 +115,7 @@ class StudyView:
     def result(self)->str:
         "Win, tie and lose as text"
         shares = tally(self.study) if self.study.answers else {}
-        said = [f"{k} {v['mean']:.0%} [{v['low']:.0%}, {v['high']:.0%}]" for k, v in shares.items()]
+        said = [f'{k} {shown(v)}' for k, v in shares.items()]
         return f'All answered. {html.escape(self.study.names[1])}: ' + ', '.join(said)
 
     def _ipython_display_(self):
