@@ -92,7 +92,7 @@ def evaluations(run:Run, method, # Settings, and the method
             lesson = method.collect(d, judge, source.batch(k))
         for u in range(method.updates): method.loss(d, judge, lesson, u)
     kinds = 'rollout', 'old', 'reference', 'lesson', 'decode', 'decode with gradient'
-    rest = dict(copies=len(set(d.kept)) + (run.ema > 0), widest=d.asked['widest'])
+    rest = dict(copies=len(set(d.kept)) + (run.ema > 0) + run.keep_best, widest=d.asked['widest'])
     return {k: d.asked[k]/batches for k in kinds} | rest
 
 # %% ../../nbs/12_training/06_plan.ipynb #97e2e476
