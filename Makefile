@@ -49,6 +49,7 @@ notebooks: $(stamp)  ## Execute the notebooks and save their outputs (NB=nbs/02_
 weights: $(stamp)  ## Train the weights in data/ anew (some six hours on a CPU; after a stop it goes on where it was)
 	$(in_venv) python -c "from diffusion_sharpening.worlds.shapes.recipe import remake; remake('runs/weights', 'data')"
 	$(in_venv) python -c "from diffusion_sharpening.worlds.layouts.recipe import remake; remake('runs/weights-layouts', 'data')"
+	$(in_venv) python -c "from diffusion_sharpening.worlds.molecules.recipe import remake; remake('runs/weights-molecules', 'data')"
 
 constraints: $(stamp)  ## Bring constraints.txt to the newest versions that settings.ini allows
 	$(in_venv) uv pip compile -q --upgrade --universal --python-version 3.10 --extra dev --no-annotate \
