@@ -1,5 +1,5 @@
-"""A real JupyterLab in headless Chromium: a notebook is opened and run, a key answers a study, nothing complains.
-Skipped where Chromium or JupyterLab is missing."""
+"""A real JupyterLab in headless Chromium: a notebook is opened and run, a key answers a study,
+nothing complains. Skipped where Chromium or JupyterLab is missing."""
 import json, os, shutil, subprocess, sys, time, urllib.request
 from pathlib import Path
 import pytest
@@ -43,7 +43,8 @@ def lab(tmp_path_factory):
     env = dict(os.environ, **own, IPYTHONDIR=str(here/'ipython'), PYTHONPATH=str(root))
     port = 18000 + os.getpid() % 20000
     cmd = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={port}',
-           '--ServerApp.port_retries=0', '--allow-root', f'--IdentityProvider.token={TOKEN}', f'--notebook-dir={here}']
+           '--ServerApp.port_retries=0', '--allow-root', f'--IdentityProvider.token={TOKEN}',
+           f'--notebook-dir={here}']
     process = subprocess.Popen(cmd, env=env, cwd=here, stdout=open(here/'log', 'w'), stderr=subprocess.STDOUT)
     address = f'http://127.0.0.1:{port}'
     for _ in range(600):
@@ -70,8 +71,8 @@ def opened(browser, address, name):
     tab.set_default_timeout(120_000)
     tab.goto(f'{address}/lab/tree/nbs/{name}?token={TOKEN}&reset')
     tab.wait_for_selector('.jp-NotebookPanel')
-    tab.wait_for_function("document.querySelector('.jp-Toolbar-kernelName')?.textContent.includes('Python 3')"
-                          " || document.querySelector('.jp-Toolbar-kernelName')?.textContent.includes('python3')")
+    kernel = "document.querySelector('.jp-Toolbar-kernelName')?.textContent"   # idle means nothing before
+    tab.wait_for_function(f"/python ?3/i.test({kernel})")
     tab.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status=idle]', state='attached')
     return tab
 
