@@ -65,7 +65,7 @@ EXAMPLES = {
     'push': ['sharpen push runs/first me/sharper --dry-run'],
     'experiment': ['sharpen experiment comparison --quick --only "NFT; DDPO; GRAFT"',
                    'sharpen experiment fractions --seeds 5'],
-    'methods': ['sharpen methods', 'sharpen methods --json'],
+    'methods': ['sharpen methods', 'sharpen methods --method contrast', 'sharpen methods --json'],
     'rewards': ['sharpen rewards']}
 
 # %% ../../nbs/13_commands/16_cli.ipynb #6cbe7dbf
