@@ -1,4 +1,4 @@
-"Widgets without a browser: what a person decides is what a training reads, and nothing that was answered is lost"
+"Widgets without a browser: what a person decides is what a training reads, and no answer is lost"
 import json
 import pytest
 import torch
@@ -41,13 +41,14 @@ def test_a_spoiled_file_of_answers_is_named(tmp_path, text):
     study.answer('left')
     path.write_text(path.read_text() + text)
     before = path.read_text()
-    with pytest.raises(ValueError, match='line 2: expected an answer of a study'): Study([('a', 1, 2)]*3, path)
+    with pytest.raises(ValueError, match='line 2: expected an answer of a study'):
+        Study([('a', 1, 2)]*3, path)
     assert path.read_text() == before
 
 def test_sides_say_nothing(tmp_path):
-    "Over many pairs each side is on the left about as often, and who always presses one key prefers nobody"
+    "Over many pairs each side is on the left about as often, and who always presses ← prefers nobody"
     study = Study([('a', 1, 2)]*400, tmp_path/'answers.jsonl', names=('old', 'new'))
-    study.answers = [study._about(i) | dict(answer='left', better=study.names[study.swapped(i)]) for i in range(400)]
+    study.answers = [dict(better=study.names[study.swapped(i)]) for i in range(400)]
     win = tally(study)['win']
     assert win['low'] < .5 < win['high']
 
