@@ -34,7 +34,8 @@ test: $(stamp)  ## Run every notebook, then pytest
 	$(in_venv) python -m pytest -q tests
 
 lab: $(stamp)  ## Open the notebooks in JupyterLab
-	$(in_venv) jupyter lab nbs
+	@$(in_venv) find nbs -name '*.ipynb' -print0 | xargs -0 jupyter trust >/dev/null
+	$(in_venv) jupyter lab $$(test "$$(id -u)" != 0 || echo --allow-root) nbs
 
 docs: $(stamp)  ## Build the documentation site in _docs/
 	$(in_venv) python nbs/_dev/build_docs.py

@@ -15,6 +15,7 @@ suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type']
 
 nb_execution_mode = 'off'                          # outputs are those saved in the notebooks
 nb_merge_streams = True
+nb_render_markdown_format = 'myst'                # tables in outputs, too
 myst_enable_extensions = ['amsmath', 'attrs_block', 'attrs_inline', 'colon_fence', 'deflist',
                           'dollarmath', 'html_image']
 myst_heading_anchors = 4

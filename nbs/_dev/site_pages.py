@@ -137,6 +137,10 @@ def checks_only(source):
     checks += [o for o in ast.walk(tree) if isinstance(o, ast.Assert)]
     return 2*len(checks) >= len(tree.body)
 
+def imports_only(source):
+    tree = parsed(source)
+    return bool(tree and tree.body) and all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in tree.body)
+
 def folded(c, prompt):
     c.metadata.tags.append('hide-input')
     c.metadata.mystnb = dict(code_prompt_show=prompt, code_prompt_hide=prompt)
@@ -145,7 +149,7 @@ def exported(c, page, links):
     "The cells that an exported one becomes: what is said of each definition, then the source in a fold"
     source = bare(c)
     tree = parsed(source)
-    if tree is None or all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in tree.body): return []
+    if tree is None or imports_only(source): return []
     link = lambda name: links.linked(name, page)
     out = [mk_cell(links.text(document(o, source, link), page), 'markdown') for o in public(tree)
            if directive(c, 'exports?')]
@@ -168,7 +172,8 @@ def shown(c, page, links, heading, prose):
     pictures = any('image/png' in o.get('data', {}) for o in c.outputs)
     alt = alternative(c, page, heading, prose) if pictures else ''
     c.source = bare(c)
-    if not c.outputs and checks_only(c.source): folded(c, 'Checks')
+    if imports_only(c.source): folded(c, 'Imports')
+    elif not c.outputs and checks_only(c.source): folded(c, 'Checks')
     elif pictures and c.source.count('\n') >= LONG: folded(c, 'Code of the figure')
     if pictures: c.metadata.setdefault('mystnb', {})['image'] = dict(alt=alt)
     return [c]
