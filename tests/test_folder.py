@@ -111,6 +111,16 @@ def test_a_folder_in_the_place_of_a_file(finished, tmp_path):
     assert inside(tmp_path) == before
 
 
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'reward_curve.png', 'before_after.png', lora_file])
+def test_a_pipe_in_the_place_of_a_file(finished, tmp_path, name):
+    "Would be waited for; it is said before anything is trained"
+    shutil.copytree(finished, tmp_path/'a')
+    (tmp_path/'a'/name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path/'a'/name)
+    with pytest.raises(ValueError, match=f'expected a file .*{name}, found what is no regular file'):
+        resume('rlhf', tmp_path/'a', steps=3)
+
+
 def test_second_process_is_refused(made, tmp_path):
     code = 'import sys, time\nfrom diffusion_sharpening.training.folder import locked\n' \
            'with locked(sys.argv[1]): print("in", flush=True); time.sleep(60)'

@@ -40,7 +40,7 @@ def evaluate(
     r = load_reward(reward, world and world.name, train=False)
     d = load_model(model, guidance, lora, px=px, variant=variant, eta=eta)
     chunk, d = pictures_at_once(d), as_trained(d, lora, S)
-    asked = check_judges(judges(r, texts, model), texts, d)
+    asked, _ = check_judges(judges(r, texts, model), texts, d)
     d.say_cut(texts)
     e = measure(d, texts, asked, S, seed=seed, chunk=chunk)
     return dict(model=model, lora=lora, judge=reward, prompts=prompts, heldout_prompts=len(texts), S=S,
