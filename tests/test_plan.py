@@ -340,15 +340,17 @@ def test_plan_and_train_print_the_same_table(folders, cheap, tmp_path, capsys):
 
 def test_a_run_that_does_not_fit_says_what_would(folders, tmp_path, capsys, monkeypatch):
     "And the settings it names do fit; nothing is written"
-    from diffusion_sharpening.commands import cli, job as command
+    from diffusion_sharpening.commands import cli, job, train as command
     rows = values(plan(str(folders/'xl'), 'rlhf', 'paper', batch=8, n=8, S=4, micro=1, heldout=2, S_eval=1))
     least = sum(rows[f'memory_{k}'] for k in ('weights', 'learning', 'graph'))        # of one row
     less = replace(device_here(), memory=1.1*least)
-    monkeypatch.setattr(command, 'device_here', lambda *a: less)
+    for module in (job, command): monkeypatch.setattr(module, 'device_here', lambda *a: less)
     args = ['train', 'rlhf', '--preset', 'paper', '--model', str(folders/'xl'), '--reward', 'clip@shapes',
             '--heldout', '2', '--S-eval', '1', '--steps', '1', '--out', str(tmp_path/'run'), '--set',
             'batch=8', 'n=8', 'S=4']
-    with pytest.raises(SystemExit) as e: cli.main(args)
+    with pytest.raises(SystemExit) as e, monkeypatch.context() as no_decode:
+        no_decode.setattr(Denoiser, 'show', lambda *a, **kw: 1/0)          # the plan comes first
+        cli.main(args)
     assert e.value.code == 2 and not (tmp_path/'run').exists()
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith('sharpen: plan: ') and 'it would fit with --set ' in line

@@ -44,7 +44,7 @@ def plan(
     heldout:int=None, # Prompts measured before and after; None: 240 for embedded models, 24 for others
     heldout_prompts:str=None, # Source of held-out prompts; None: the world's own, or split from --prompts
     S_eval:int=20, # Sampler steps of the evaluation
-    px:int=None, # Side of the pictures in pixels; None: what the model was made for
+    px:int=None, # Side of the square pictures in pixels; None: what the model was made for
     guidance:float=None, # Classifier-free guidance of the model; None: none for embedded models, 5 for others
     variant:str=None, # Variant of the model's files, e.g. fp16
     vae:str=None, # Folder or name of a cheaper autoencoder for scoring
@@ -247,7 +247,7 @@ def train(
     heldout_prompts:str=None, # Source of held-out prompts; None: the world's own, or split from --prompts
     S_eval:int=20, # Sampler steps of the evaluation
     tracker:str=None, # Tracker of accelerate: tensorboard, wandb, …
-    px:int=None, # Side of the pictures in pixels; None: what the model was made for
+    px:int=None, # Side of the square pictures in pixels; None: what the model was made for
     guidance:float=None, # Classifier-free guidance of the model; None: none for embedded models, 5 for others
     variant:str=None, # Variant of the model's files, e.g. fp16
     vae:str=None, # Folder or name of a cheaper autoencoder for scoring
