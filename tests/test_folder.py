@@ -1,5 +1,5 @@
 "The folder of a run: whose it is, what is refused there, and that nothing of anybody is lost"
-import json, shutil, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 
 import pytest, torch
 from safetensors.torch import load_file

@@ -210,7 +210,8 @@ def fine_tune(out:Path, # Folder of the run
     chunk, about = job.plan['evaluation_chunk'], depends_on(job, asked['model'])
     before, kept = measured_before(job, out/BEFORE, about, chunk)
     around = provenance() | dict(model=model_content(asked['model']), reward=job.judge.identity(),
-                                 answers=job.answers, prompts=prompts_digest(job.source.prompts))
+                                 answers=', '.join(map(str, job.answers)),
+                                 prompts=prompts_digest(job.source.prompts))
     units = units_of(model.source, model.size[1], run, vae)
     plan = Plan(job.what, len(held), job.S_eval, False, units)
     beside = [*callbacks(out, asked, around, job.other, again, plan), *kept]
