@@ -34,7 +34,8 @@ test: $(stamp)  ## Run every notebook, then pytest
 	$(in_venv) python -m pytest -q tests
 
 lab: $(stamp)  ## Open the notebooks in JupyterLab
-	$(in_venv) jupyter lab nbs
+	@$(in_venv) find nbs -name '*.ipynb' -print0 | xargs -0 jupyter trust >/dev/null
+	$(in_venv) jupyter lab $$(test "$$(id -u)" != 0 || echo --allow-root) nbs
 
 docs: $(stamp)  ## Build the documentation site in _docs/
 	$(in_venv) python nbs/_dev/build_docs.py
@@ -48,6 +49,7 @@ notebooks: $(stamp)  ## Execute the notebooks and save their outputs (NB=nbs/02_
 weights: $(stamp)  ## Train the weights in data/ anew (some six hours on a CPU; after a stop it goes on where it was)
 	$(in_venv) python -c "from diffusion_sharpening.worlds.shapes.recipe import remake; remake('runs/weights', 'data')"
 	$(in_venv) python -c "from diffusion_sharpening.worlds.layouts.recipe import remake; remake('runs/weights-layouts', 'data')"
+	$(in_venv) python -c "from diffusion_sharpening.worlds.molecules.recipe import remake; remake('runs/weights-molecules', 'data')"
 
 constraints: $(stamp)  ## Bring constraints.txt to the newest versions that settings.ini allows
 	$(in_venv) uv pip compile -q --upgrade --universal --python-version 3.10 --extra dev --no-annotate \

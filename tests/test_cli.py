@@ -379,6 +379,8 @@ def test_each_command(trained, tmp_path, monkeypatch, capsys):
               '--out', tmp_path/'s'),
              ('search', 'fk', '--lora', run, '--out', tmp_path/'f', '--n', 1, '--S', 2, '--budget', 4,
               '--reward', 'clip@shapes'),
+             ('experiment', 'fractions', '--model', 'layouts', '--only', 'GRAFT', '--budget', 400,
+              '--seeds', 1, '--heldout', 4, '--no-tune', '--out', tmp_path/'e'),
              ('methods',), ('rewards',), ('evaluate', '--lora', run, '--reward', 'clip@shapes', '--n', 2,
                                           '--S', 1)]
     for argv in lines:

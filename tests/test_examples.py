@@ -17,15 +17,16 @@ from diffusion_sharpening.rewards.remote import serving
 
 OWN = 'def redness(images, prompts): return images[:, 0].mean((1, 2))\n'
 FEW = dict(train=['--heldout', 2, '--S-eval', 1], sample=['--n', 2, '--S', 1], evaluate=['--n', 2, '--S', 1],
-           search=['--n', 2, '--S', 2],
-           demo=['--steps', 1])
+           search=['--n', 2, '--S', 2], demo=['--steps', 1],
+           experiment=['--budget', 400, '--heldout', 4, '--no-tune'])
 LITTLE = 'n=2 S=2 batch=2 rank=2'.split()
-NEEDS = {'image_reward': 'clip@shapes'}      # weights that are not shipped → some that are
+NEEDS = {'image_reward': 'clip@shapes',      # weights that are not shipped → some that are
+         'stabilityai/stable-diffusion-xl-base-1.0': 'MODEL'}
 
 
 def fenced(text):
     "Command lines in the blocks of a page"
-    blocks = re.findall(r'```\w*\n(.*?)```', text, re.S)
+    blocks = re.findall(r'```\w*\n(.*?)```', re.sub(r'\\\n\s*', '', text), re.S)
     return [l for b in blocks for l in b.splitlines() if re.match(r'([A-Z_]+=\S+ )?sharpen \w', l)]
 
 def pages():
@@ -49,11 +50,11 @@ def smaller(line):
     while '=' in argv[0]: k, _, v = argv.pop(0).partition('='); env[k] = v
     argv = [NEEDS.get(a, a) for a in argv[1:]]
     numbers = {'--steps': {'100': '1', '200': '2'}, '--port': {'8765': '0'},
-               '--budget': {'160': '4', '400': '12'}}
+               '--budget': {'160': '4', '400': '12'}, '--seeds': {'5': '1'}}
     if argv[0] in ('score', 'serve-reward'): numbers['--reward'] = {'clip': 'clip@shapes'}
     argv = [numbers.get(a, {}).get(b, b) for a, b in zip(['', *argv], argv)]
     new = argv[0] == 'train' and '--resume' not in argv
-    named = new or argv[0] == 'search'                                            # a name comes first
+    named = new or argv[0] in ('search', 'experiment')        # a name comes first
     if argv[0] != 'train' or new: argv[1 + named:1 + named] = FEW.get(argv[0], [])  # what is typed later wins
     if new and '--steps' not in argv: argv += ['--steps', 1]
     little = LITTLE + ['m=2']*('sft' in argv)
@@ -67,6 +68,7 @@ def there(tmp_path):
     "A folder with what the examples name: a model, prompts, pictures with captions, settings, a reward"
     tiny_sdxl(tmp_path/'MODEL', words=' '.join(TEXTS).split())
     (tmp_path/'prompts.txt').write_text('\n'.join(TEXTS))
+    (tmp_path/'table.csv').write_text('\n'.join(['caption', *TEXTS]))
     for name in ('mine.py', 'my_rewards.py'): (tmp_path/name).write_text(OWN)
     (tmp_path/'settings.json').write_text('{"S": 3}')
     (tmp_path/'pictures').mkdir()

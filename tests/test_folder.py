@@ -231,6 +231,21 @@ def test_validation_goes_on(made, tmp_path):
     assert seen[0][3]['validation/mine:bright'] == pytest.approx(kept, abs=1e-5)
 
 
+def test_the_best_weights_go_on(made, tmp_path):
+    "What `keep_best` put aside is in the checkpoints: a resumed run ends with the same weights"
+    more = dict(heldout=2, S_eval=2, validate_every=1, keep_best=True, lr=1e-2)
+    rep = go(made, tmp_path/'a', 4, **more)
+    go(made, tmp_path/'b', 3, **more)
+    again = resume('rlhf', tmp_path/'b', steps=4)
+    rows = [json.loads(l) for l in (tmp_path/'a/metrics.jsonl').read_text().splitlines()]
+    seen = {r['step']: r['validation/mine:bright'] for r in rows if r['kept']}
+    assert rep['kept_batch'] == again['kept_batch'] == max(seen, default=0)
+    assert lora(tmp_path/'a') == lora(tmp_path/'b')
+    own = {k: rep[k]['judges']['mine:bright']['overall']['mean'] for k in ('before', 'after')}
+    assert own['after'] == pytest.approx(max([own['before'], *seen.values()]), abs=1e-5)
+    with pytest.raises(ValueError, match='validate_every'): go(made, tmp_path/'c', 1, keep_best=True)
+
+
 # What is published
 
 def test_weights_of_another_run_are_not_published(finished, tmp_path):

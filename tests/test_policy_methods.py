@@ -1,5 +1,6 @@
 "Policy gradients, preferences and rewards with gradients: exact numbers, costs, resume, the command line"
 import json, math
+from dataclasses import fields
 
 import pytest, torch
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from diffusion_sharpening.maths.choice import advantages, standardise
 from diffusion_sharpening.maths.losses import policy_gradient, preference, refl, step_log_ratio
 from diffusion_sharpening.maths.samplers import flow_sde_coefs, log_prob, move, step
 from diffusion_sharpening.maths.schedules import VP, Flow
-from diffusion_sharpening.methods.catalog import METHODS, find
+from diffusion_sharpening.methods.catalog import METHODS, find, presets
 from diffusion_sharpening.methods.ddpo import DDPO, DDPOScore
 from diffusion_sharpening.methods.steps import trained_steps
 from diffusion_sharpening.methods.protocol import check_method, noise_columns
@@ -346,3 +347,33 @@ def test_the_embedded_world_has_preferences():
     assert not set(source.held.prompts) <= set(source.prompts) and len(source.held.batch(0)) == 64
     with pytest.raises(ValueError, match='expected a table of choices'):
         command.preference_source(d, find('d3po', 'human')(), 'shapes', size=4)
+
+
+class Mean(Bright):
+    "The mean of an item of numbers, as a chance where it has to be one"
+    differentiable = True
+    def score(self, things, prompts): return things.flatten(1).mean(1).sigmoid()
+
+
+LATE = [(m, p, kw) for m in METHODS for p in presets(m) if p not in ('human', 'released')
+        for kw in ({}, dict(early=.5, late=1.)) if {*kw} <= {f.name for f in fields(find(m, p)())}]
+
+@pytest.mark.parametrize('name,preset,late', LATE, ids=lambda o: o if isinstance(o, str) else str(bool(o)))
+def test_every_method_learns_on_a_flow(name, preset, late):
+    "Whose last step has no fresh noise; also from late starts, 48 of them so that one leads there"
+    model, seeds = Gaussian(0., item=(3, 1, 1), schedule=Flow()), fold(3, torch.arange(48))
+    x0 = noise(seeds, 5, model.item)
+    batch = Batch(['a']*48, model.encode(['a']*48), seeds, dict(x0=x0, better=x0, worse=-x0))
+    method, judge = find(name, preset)(**late), Mean()
+    method.start(model)
+    lesson = method.collect(model, judge, batch)
+    losses, _ = method.loss(model, judge, lesson, 0)
+    assert losses.requires_grad and losses.isfinite().all()
+
+
+@pytest.mark.parametrize('name', ['sft_sharpening', 'rlhf_sharpening'])
+def test_times_of_the_released_code_are_no_flow_s(name):
+    model, seeds = Gaussian(0., item=(3, 1, 1), schedule=Flow()), fold(3, torch.arange(2))
+    batch = Batch(['a']*2, None, seeds, dict(x0=noise(seeds, 5, model.item)))
+    with pytest.raises(ValueError, match='anywhere: expected a model of whole times, found a flow'):
+        find(name, 'released')().collect(model, Mean(), batch)

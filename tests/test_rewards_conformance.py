@@ -60,8 +60,8 @@ def replaced(reward, score):
 
 
 def test_all_rewards_are_here():
-    "But those of pages, which judge no pictures: tests/test_layouts.py has them"
-    assert set(USES) <= {*MAKERS, 'mllm', 'page', 'tidy'}
+    "But those that judge no pictures: test_layouts.py and test_molecules.py have them"
+    assert set(USES) <= {*MAKERS, 'mllm', 'page', 'tidy', 'molecule', 'stable', 'qed'}
 
 
 @pytest.mark.parametrize('name', names)

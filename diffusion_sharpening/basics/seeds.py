@@ -77,7 +77,8 @@ STREAMS = dict(
     time=-5, # Where a path begins, or when a finished sample is asked about, by the update
     fresh=-6, # The noise that is put on a finished sample, by the update
     luck=-7, # What breaks ties
-    batch=-8) # The seed of one prompt of a batch, by the batch and its place
+    batch=-8, # The seed of one prompt of a batch, by the batch and its place
+    side=-9) # Which of two pictures stands on the left, by the pair
 
 def stream(
     seeds, # An int, or an int64 tensor of any shape

@@ -40,6 +40,7 @@ COMMANDS = {
     'plan': Command('commands.train:plan', 'training.plan:plan_table', settings=True, json=True),
     'export': Command('commands.interchange:export', 'builtins:str'),
     'push': Command('commands.interchange:push', 'commands.lists:as_json'),
+    'experiment': Command('experiments.command:experiment', 'experiments.command:said', json=True),
     'methods': Command('commands.lists:methods', 'commands.lists:methods_said', json=True),
     'rewards': Command('commands.lists:rewards', 'commands.lists:rewards_said', json=True)}
 
@@ -63,7 +64,9 @@ EXAMPLES = {
              'sharpen plan rlhf --model sdxl --config 24gb --device 4090'],
     'export': ['sharpen export runs/first', 'sharpen export runs/first --layout diffusers --out lora'],
     'push': ['sharpen push runs/first me/sharper --dry-run'],
-    'methods': ['sharpen methods', 'sharpen methods --json'],
+    'experiment': ['sharpen experiment comparison --quick --only "NFT; DDPO; GRAFT"',
+                   'sharpen experiment fractions --seeds 5'],
+    'methods': ['sharpen methods', 'sharpen methods --method contrast', 'sharpen methods --json'],
     'rewards': ['sharpen rewards']}
 
 # %% ../../nbs/13_commands/16_cli.ipynb #6cbe7dbf

@@ -49,9 +49,11 @@ def method_said(name:str # Of a method
                 settings=method_settings(name))
 
 # %% ../../nbs/13_commands/13_lists.ipynb #a5826050
-def methods()->list: # One dict per method, from `method_said`
+def methods(
+    method:str=None # One of them, or path/to/file.py:MyMethod; None: all
+) -> list: # One dict per method, from `method_said`
     "The methods, their presets and settings, what they need and what they cost"
-    return [method_said(k) for k in [*PRESETS, *METHODS]]
+    return [method_said(k) for k in ([method] if method else [*PRESETS, *METHODS])]
 
 # %% ../../nbs/13_commands/13_lists.ipynb #92a5f055
 def settings_said(rows:list # From `method_settings`

@@ -25,7 +25,8 @@ from ..models.lora import lora_file
 from ..names.catalog import entry, packages
 from ..names.grammar import parse_spec
 from ..training.advice import advice
-from ..training.callbacks import Alarms, Log, Progress, Timer, Tracker, Validate, WinRate
+from ..training.callbacks import (
+    Alarms, KeepBest, Log, Progress, Timer, Tracker, Validate, WinRate)
 from ..training.folder import first_process, read_report, read_run, sums, taken
 from ..training.loop import Callback, train as fit
 from ..training.plan import Plan, plan as planned, units_of
@@ -146,7 +147,8 @@ def validation(job:Job, # What is run
     "What is asked of held-out data on the way: scores of prompts, the win rate of pairs"
     run = job.run
     few = job.held[:run.validate_prompts] if run.validate_every else []
-    scores = [Validate(few, job.exams, run.validate_every, job.S_eval, chunk)] if few else []
+    look = KeepBest if run.keep_best else Validate
+    scores = [look(few, job.exams, run.validate_every, job.S_eval, chunk)] if few else []
     pairs = [WinRate(job.source.held)] if hasattr(job.source, 'held') else []
     return scores + pairs
 
@@ -189,6 +191,7 @@ def report_of(job:Job, s, # What was run; `State` of the loop at its end
                seconds_training=round(s.seconds, 1),
                prompts_sha256=prompts_digest(job.source.prompts), batches=s.k, nfe_training=s.nfe,
                skipped=s.skipped, heldout_prompts=len(job.held), heldout_from=job.split)
+    if job.run.keep_best: rep['kept_batch'] = max([r['step'] for r in s.history if r.get('kept')], default=0)
     if hasattr(job.source, 'held'): rep['win_rate'] = s.history[-1].get('held-out/win_rate')
     if before: rep |= compared(before, after)
     rang = suspicions(before, after, job.judge.name) if before else []

@@ -60,6 +60,7 @@ def stride_starts(schedule, # Of the model
                   m:int # Steps of a path
                  )->Tensor: # `(m+1, B)`
     "Times of a short path that may begin anywhere, as in the released code of arXiv 2502.12146"
+    if not hasattr(schedule, 'T'): raise ValueError('anywhere: expected a model of whole times, found a flow')
     return stride_times(stream(seeds, 'time', 0).abs() % schedule.T, schedule.T//S, m)
 
 # %% ../../nbs/08_methods/02_parts.ipynb #eb9abf2b
@@ -255,10 +256,13 @@ def step_logp(model,
               cond, # Of the `B` prompts
               eta:float # Fresh noise of the steps
              )->Tensor: # `(B,)`
-    "Mean log-density of the steps of stochastic paths"
+    "Mean log-density of the steps of paths that have fresh noise; a last one that ends clean may have none"
     x0, eps = model.predict(x[:-1], ts[:-1].clamp(min=0), cond)
     st = step(model.schedule, x[:-1], x0, eps, ts[:-1], ts[1:], eta)
-    return log_prob(x[1:], st.mean, st.std).mean(0)
+    random = st.std > 0
+    if not random.any(): raise ValueError(f'eta: expected steps with fresh noise, found none at eta={eta:g}')
+    lp = log_prob(x[1:], st.mean, torch.where(random, st.std, 1.))
+    return (lp*random).sum(0)/random.sum(0).clamp(min=1)
 
 # %% ../../nbs/08_methods/02_parts.ipynb #971af655
 def margin_loss(margin, # `(B,)`

@@ -110,6 +110,7 @@ def prepare(model, run:Run, method):
         model.copy_adapter('policy', 'base')
     method.start(model)
     if run.ema: model.copy_adapter('policy', 'ema')
+    if run.keep_best: model.copy_adapter('policy', 'best')
     if run.checkpointing: model.checkpoint_activations()
     if run.rank and many: model.shard()
     if run.compile: model.compile(run.compile)
@@ -269,9 +270,10 @@ def going(s:State)->bool:
 
 # %% ../../nbs/12_training/02_loop.ipynb #6c7f8ed0
 def settle(s:State):
-    "The averaged weights take the policy's place; weights that were dealt out come together"
+    "The best weights, or the averaged ones, take the policy's place; what was dealt out comes together"
     if s.bad >= s.run.patience:
         last = '; '.join(s.prompts[:4])
         raise TrainingError(f'{s.bad} updates in a row were not finite; the last prompts: {last}')
-    if s.run.ema: s.model.copy_adapter('ema', 'policy')
+    if s.run.keep_best: s.model.copy_adapter('best', 'policy')
+    elif s.run.ema: s.model.copy_adapter('ema', 'policy')
     if s.model.sharded: s.model.gather()

@@ -36,6 +36,7 @@ class Run(Settings):
     patience: int = within(10, 1, 10**9) # Stop after so many skipped updates in a row
     validate_every: int = within(0, 0, 10**9) # Batches between two scores of held-out prompts; 0: none
     validate_prompts: int = within(48, 1, 10**6) # How many of the held-out prompts these scores are over
+    keep_best: bool = False            # End with the weights of the best such score that rang no alarm
     checkpoint_every: int = within(50, 0, 10**9) # Batches between two checkpoints; 0: none
     keep: int = within(2, 1)           # Checkpoints that stay
     seed: int = within(0, -2**63, 2**64-1) # All chance of the run
@@ -44,6 +45,8 @@ class Run(Settings):
         if self.precision == 'float16':
             raise ValueError('precision: float16 loses small gradients; expected float32 or bfloat16')
         super().__post_init__()
+        if self.keep_best and not self.validate_every:
+            raise ValueError('keep_best: expected validate_every, the batches between two looks, found 0')
         if self.compile: backend_of(self.compile)
         if self.compile and self.shard: raise ValueError('shard: expected a network that is not compiled')
 

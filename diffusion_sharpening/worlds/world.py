@@ -10,6 +10,7 @@ __all__ = ['WORLDS', 'World', 'weight_folders', 'weights', 'world_of', 'model_pa
 import os, diffusion_sharpening
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 import torch
 from .exam import Exam
@@ -18,6 +19,12 @@ from .layouts.features import load_features, page_sets
 from .layouts.grammar import page_groups, page_prompts, pages, prompt_of
 from .layouts.judges import PageExam, page_stats
 from .layouts.model import LayoutModel
+from .molecules.chemistry import molecule_sets, pictures
+from .molecules.data import load_graphs, molecule_pairs, molecule_prompts, split_of
+from .molecules.graphs import keys
+from .molecules.items import sizes
+from .molecules.judges import MoleculeExam, molecule_stats
+from .molecules.model import MoleculeModel
 from .shapes.draw import PX, category, dataset, prompts
 from .shapes.exam import Checker, bleed
 
@@ -82,6 +89,20 @@ def _layout_pairs(n, seed=0):
 
 def _layout_sets(x): return page_sets(x, load_features(weights('layouts-features')))
 
+# %% ../../nbs/05_worlds/01_world.ipynb #12c58177
+@cache
+def _molecules(): return load_graphs(weights('molecules-qm9'))
+
+@cache
+def _molecules_of(split): return split_of(_molecules(), split)
+
+# %% ../../nbs/05_worlds/01_world.ipynb #52ce33f6
+_chemist = MoleculeExam(cache(lambda: keys(_molecules())))
+
+def _molecule_stats(x):
+    found = molecule_stats(x)
+    return found and found | dict(in_qm9=_chemist.in_qm9(x.long()).float())
+
 # %% ../../nbs/05_worlds/01_world.ipynb #b19bb7b3
 WORLDS = dict(
     shapes=World('shapes', prompts, _shapes_pairs, Checker(), show=lambda x: x,
@@ -92,7 +113,13 @@ WORLDS = dict(
     layouts=World('layouts', page_prompts, _layout_pairs, PageExam(), page_groups, draw_layouts,
                   models=dict(layouts='layouts-model'), judges=dict(tidy='layouts-model'), eta=1.,
                   stats=page_stats, sets=_layout_sets, load=LayoutModel.from_pretrained,
-                  rewards=dict(tidy='worlds.layouts.judges:Tidy'), reward='tidy'))
+                  rewards=dict(tidy='worlds.layouts.judges:Tidy'), reward='tidy'),
+    molecules=World('molecules', exam=_chemist, groups=sizes, show=pictures, eta=1., reward='stable',
+                    prompts=lambda n, split='train', seed=0: molecule_prompts(_molecules_of(split), n, seed),
+                    pairs=lambda n, seed=0: molecule_pairs(_molecules_of('train'), n, seed),
+                    models=dict(molecules='molecules-model'), load=MoleculeModel.from_pretrained,
+                    rewards=dict(stable='worlds.molecules.judges:Stable', qed='worlds.molecules.judges:QED'),
+                    stats=_molecule_stats, sets=lambda x: molecule_sets(x, _molecules_of('train'))))
 
 # %% ../../nbs/05_worlds/01_world.ipynb #2fff522e
 def world_of(model:str # Name of an embedded model, or the folder of its weights

@@ -48,7 +48,7 @@ def relocate(text):
         if not (nbs/path).exists(): sys.exit(f"index.ipynb refers to {path}: there is no such file in nbs")
         return f"{m[1]}{os.path.normpath(f'nbs/{m[2]}')}{m[3]}"
     text = re.sub(r'(\]\()(?!\w+:|#)([^)\s]+)(\))', fix, text)
-    return re.sub(r'(<img[^>]*src=")(?!\w+:)([^"]+)(")', fix, text)
+    return re.sub(r'(<(?:img|source)[^>]*src(?:set)?=")(?!\w+:)([^"]+)(")', fix, text)
 
 def cell_text(c):
     "Cell `c` as GitHub's Markdown"
@@ -63,6 +63,15 @@ def cell_text(c):
         elif text: res.append(f'```\n{text}\n```')
     return '\n\n'.join(res)
 
+def narrow(path):
+    "A figure of two columns for a phone: the right one under the left, beside it as `NAME-narrow.png`"
+    from PIL import Image
+    wide = Image.open(path).convert('RGB')
+    w, h = wide.width//2, wide.height
+    out = Image.new('RGB', (w, 2*h), 'white')
+    for i in range(2): out.paste(wide.crop((i*w, 0, (i + 1)*w, h)), (0, i*h))
+    out.quantize(256).save(path.with_name(f'{path.stem}-narrow.png'), optimize=True)
+
 def readme(nb):
     "The text of README.md"
     head = '<!-- Made from nbs/index.ipynb by `make readme`: edit that. -->'
@@ -70,6 +79,7 @@ def readme(nb):
 
 def main(check=False):
     "Write README.md and the list in index.ipynb; with `check`, only say whether they are up to date"
+    if not check: narrow(root/'figures'/'demo.png')
     old = read_nb(nbs/'index.ipynb')
     nb = update_map(read_nb(nbs/'index.ipynb'))
     text, path = readme(nb), root/'README.md'

@@ -62,9 +62,9 @@ def measure(n, S):
 
 CARD = """# What lies here
 
-Weights that this repository trained itself, from nothing, on its own procedural worlds (`worlds.shapes`, \
-`worlds.layouts`). \
-Apache-2.0.
+Weights that this repository trained itself, from nothing, on its own worlds (`worlds.shapes`, \
+`worlds.layouts`, `worlds.molecules`), and the molecules that the last of them learns from. \
+Apache-2.0 but for those.
 
 | folder | what it is, and how it is loaded | made by |
 |---|---|---|
@@ -88,10 +88,16 @@ made-up taste (warm colours, patterned fills); the reward `aesthetic@shapes` \
 divides by; `sharpen demo --world layouts` | `make weights` |
 | `layouts-features/` | the features of layout-FID (ours), .2 M parameters: not those of any published score \
 | `make weights` |
+| `molecules-model/` | a transformer of molecules, 1.1 M parameters; `sharpen demo --world molecules` | \
+`make weights` |
+| `molecules-qm9/` | 3,757 molecules of QM9 as graphs: those of up to seven heavy atoms that are stable by \
+EDM's rule, from the package `qm9pack` 1.0.3 under its MIT licence, which lies beside them | \
+`worlds.molecules.data` |
 | `results/` | measurements, each with the command that makes it again | the commands named in the files |
 
-All of it is licensed like the code (Apache-2.0). Pictures, captions, choices and ratings are drawn by this \
-repository's own code; no photograph, no artwork, no person's judgement and no published weights are in it. \
+All of it but `molecules-qm9/` (MIT) is licensed like the code (Apache-2.0). Pictures, captions, pages, \
+choices and ratings are drawn by this repository's own code; no photograph, no artwork, no person's \
+judgement and no published weights are in it. \
 The tokenizers are trained on the same captions.
 
 ## Training

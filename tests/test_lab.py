@@ -1,0 +1,121 @@
+"""A real JupyterLab in headless Chromium: a notebook is opened and run, a key answers a study,
+nothing complains. Skipped where Chromium or JupyterLab is missing."""
+import json, os, shutil, subprocess, sys, time, urllib.request
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parents[1]
+chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+pytestmark = pytest.mark.skipif(not chromium, reason='no chromium here: apt-get install chromium')
+TOKEN = 'of-this-test'
+QUIET = {'@jupyterlab/apputils-extension:notification': dict(fetchNews='false', checkForUpdates=False,
+                                                            doNotDisturbMode=True)}
+SMALL = ["""from pathlib import Path
+from PIL import Image
+from diffusion_sharpening.widgets.study import Study, from_files
+from diffusion_sharpening.widgets.views import StudyView
+here = Path('study')
+here.mkdir(exist_ok=True)
+for name in ('red', 'blue'): Image.new('RGB', (64, 64), name).save(here/f'{name}.png')
+study = Study([('a colour', here/'red.png', here/'blue.png')]*3, here/'answers.jsonl')""",
+         "StudyView(study, from_files, here/'choices.jsonl')", "print('ran to its end')"]
+
+def notebook(cells):
+    "A notebook of code"
+    made = [dict(cell_type='code', id=f'c{i}', metadata={}, source=s, outputs=[], execution_count=None)
+            for i, s in enumerate(cells)]
+    kernel = dict(kernelspec=dict(display_name='python3', language='python', name='python3'))
+    return json.dumps(dict(cells=made, metadata=kernel, nbformat=4, nbformat_minor=5))
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    "JupyterLab on a folder of its own, with settings of its own: where it is, and the folder"
+    pytest.importorskip('jupyterlab')
+    here = tmp_path_factory.mktemp('lab')
+    shutil.copy(root/'settings.ini', here)
+    (here/'nbs').mkdir()
+    (here/'nbs'/'small.ipynb').write_text(notebook(SMALL))
+    shutil.copy(root/'nbs'/'15_widgets'/'04_views.ipynb', here/'nbs'/'views.ipynb')
+    config = here/'config'/'labconfig'
+    config.mkdir(parents=True)
+    (config/'default_setting_overrides.json').write_text(json.dumps(QUIET))
+    own = {f'JUPYTER_{k}_DIR': str(here/k.lower()) for k in ('CONFIG', 'DATA', 'RUNTIME')}
+    env = dict(os.environ, **own, IPYTHONDIR=str(here/'ipython'), PYTHONPATH=str(root))
+    port = 18000 + os.getpid() % 20000
+    cmd = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--ip=127.0.0.1', f'--port={port}',
+           '--ServerApp.port_retries=0', '--allow-root', f'--IdentityProvider.token={TOKEN}',
+           f'--notebook-dir={here}']
+    process = subprocess.Popen(cmd, env=env, cwd=here, stdout=open(here/'log', 'w'), stderr=subprocess.STDOUT)
+    address = f'http://127.0.0.1:{port}'
+    for _ in range(600):
+        try: urllib.request.urlopen(f'{address}/api?token={TOKEN}'); break
+        except OSError: assert process.poll() is None, (here/'log').read_text(); time.sleep(.1)
+    yield address, here
+    process.terminate()
+    process.wait(30)
+
+@pytest.fixture(scope='module')
+def browser():
+    sync = pytest.importorskip('playwright.sync_api')
+    with sync.sync_playwright() as p:
+        found = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
+        yield found
+        found.close()
+
+def opened(browser, address, name):
+    "A tab with the notebook, its kernel ready; it remembers errors of the console"
+    tab = browser.new_page(viewport=dict(width=1400, height=1000))
+    tab.wrong = []
+    tab.on('console', lambda m: tab.wrong.append(m.text) if m.type == 'error' else None)
+    tab.on('pageerror', lambda e: tab.wrong.append(str(e)))
+    tab.set_default_timeout(120_000)
+    tab.goto(f'{address}/lab/tree/nbs/{name}?token={TOKEN}&reset')
+    tab.wait_for_selector('.jp-NotebookPanel')
+    kernel = "document.querySelector('.jp-Toolbar-kernelName')?.textContent"   # idle means nothing before
+    tab.wait_for_function(f"/python ?3/i.test({kernel})")
+    tab.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status=idle]', state='attached')
+    return tab
+
+def run_all(tab, text):
+    "Run all cells, and wait for `text` in an output"
+    tab.click('text="Run"')
+    tab.click('text="Run All Cells"')
+    tab.wait_for_selector(f'.jp-OutputArea-output >> text="{text}"', state='attached')
+    assert tab.locator('[data-mime-type="application/vnd.jupyter.stderr"]').count() == 0
+
+def test_a_key_answers_a_study(lab, browser):
+    "Run a notebook with a study, press →, t and Backspace: every answer is on disk"
+    address, here = lab
+    tab = opened(browser, address, 'small.ipynb')
+    run_all(tab, 'ran to its end')
+    answers = here/'nbs'/'study'/'answers.jsonl'
+    tab.hover('.sharpen-study')
+    for key, said, lines in (('ArrowRight', '1 of 3', 1), ('t', '2 of 3', 2), ('Backspace', '1 of 3', 1),
+                             ('ArrowLeft', '2 of 3', 2)):
+        tab.keyboard.press(key)
+        tab.wait_for_selector(f'.sharpen-study >> text="{said} answered"')
+        assert len(answers.read_text().splitlines()) == lines
+    assert [json.loads(o)['answer'] for o in answers.read_text().splitlines()] == ['right', 'left']
+    assert len((here/'nbs'/'study'/'choices.jsonl').read_text().splitlines()) == 2
+    assert tab.wrong == []
+    tab.close()
+
+@pytest.mark.slow
+def test_the_page_of_views_runs(lab, browser):
+    "The explorer draws when it is run and when its slider is moved; a sample is accepted by a click"
+    address, here = lab
+    tab = opened(browser, address, 'views.ipynb')
+    tab.click('text="Run"')
+    tab.click('text="Run All Cells"')
+    tab.wait_for_selector('button:has-text("not looked at")', state='attached')
+    tab.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status=idle]', state='attached')
+    assert tab.locator('[data-mime-type="application/vnd.jupyter.error"]').count() == 0
+    picture = "document.querySelector('.jupyter-widgets.widget-image').src"
+    tab.wait_for_function(picture)
+    before = tab.evaluate(picture)
+    tab.locator('.jupyter-widgets .noUi-handle').nth(1).focus()
+    for _ in range(3): tab.keyboard.press('ArrowLeft')
+    tab.wait_for_function(f"was => {picture} !== was", arg=before)
+    tab.locator('button:has-text("not looked at")').first.click()
+    tab.wait_for_selector('button:has-text("accepted")')
+    assert tab.wrong == []
