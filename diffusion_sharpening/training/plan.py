@@ -95,7 +95,8 @@ def evaluations(run:Run, method, # Settings, and the method
         rows += len(lesson)*method.updates
     width = method.width*math.ceil(max(1, d.asked['lesson']/max(rows, 1)/method.width - 1e-9))
     kinds = 'rollout', 'old', 'reference', 'lesson', 'decode', 'decode with gradient'
-    rest = dict(copies=len(set(d.kept)) + (run.ema > 0), widest=d.asked['widest'], width=width)
+    copies = len(set(d.kept)) + (run.ema > 0) + run.keep_best
+    rest = dict(copies=copies, widest=d.asked['widest'], width=width)
     return {k: d.asked[k]/batches for k in kinds} | rest
 
 # %% ../../nbs/12_training/06_plan.ipynb #94955e04
