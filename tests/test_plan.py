@@ -14,14 +14,14 @@ from diffusion_sharpening.methods.protocol import noise_columns
 from diffusion_sharpening.maths.rollout import Meter
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
-from diffusion_sharpening.models.counting import KNOWN, anatomy, unet_cost, vae_cost
+from diffusion_sharpening.models.counting import KNOWN, anatomy, measured, unet_cost, vae_cost
 from diffusion_sharpening.worlds.world import model_path
 from diffusion_sharpening.training.loop import prepare, train
 from diffusion_sharpening.training.run import Run, settings
 from diffusion_sharpening.basics.devices import DEVICES, device_here, device_of, mfu
 from diffusion_sharpening.training.advice import advice, fitting
 from diffusion_sharpening.training.plan import (
-    ROWS, Plan, evaluations, measured, plan, plan_rows, plan_table, units_of)
+    ROWS, Plan, evaluations, plan, plan_rows, plan_table, units_of)
 from shared import Bright
 
 torch.set_num_threads(1)
