@@ -485,7 +485,8 @@ def test_a_server_that_changed_is_noticed_without_held_out_prompts(xl, tmp_path,
         assert 'answers was' not in capsys.readouterr().out
         judge.more = .5
         assert call(monkeypatch, 'train', 'rlhf', '--resume', tmp_path/'out', '--steps', 3) == 0
-    assert re.search('resume: answers was .*, .* and is .*, .*; the end may differ', capsys.readouterr().out)
+    said = 'resume: answers was .*, .* and is .*, .*; the end may differ'
+    assert re.search(said, capsys.readouterr().out)
 
 
 never = {'plan rlhf --set n=1000000000': 'n: expected at most 10000', 'plan ddpo --set updates=1000000000':
@@ -497,7 +498,8 @@ never = {'plan rlhf --set n=1000000000': 'n: expected at most 10000', 'plan ddpo
          'sample --px 1000000000': 'up to 16,384', 'evaluate --n 1000000': 'prompts of Shapes',
          'evaluate --S 1000000000': 'S: expected 1 to 1,000',
          'plan flow_grpo --set eta=1e300': 'eta: expected a finite number up to 10',
-         'plan standard --set gamma=1e300': 'gamma: expected a finite', 'plan ddpo --set clip=1e20': 'clip: expected',
+         'plan standard --set gamma=1e300': 'gamma: expected a finite',
+         'plan ddpo --set clip=1e20': 'clip: expected',
          'train rlhf --px 512x768': '--px: expected a whole number'}
 
 @pytest.mark.parametrize('line', never)

@@ -361,7 +361,7 @@ def test_a_run_that_does_not_fit_says_what_would(folders, tmp_path, capsys, monk
     assert e.value.code == 0, capsys.readouterr().err
 
 
-GUIDED = 'ddpo', 'd3po', 'draft', 'step_preference'       # methods whose lessons are guided as their rollouts are
+GUIDED = 'ddpo', 'd3po', 'draft', 'step_preference'         # methods whose lessons are guided too
 
 @pytest.mark.parametrize('name', ['contrast', 'rlhf_sharpening', *GUIDED])
 def test_a_row_of_a_lesson_is_counted_whole(folders, name):
@@ -390,7 +390,7 @@ def test_a_decode_with_gradient_is_in_the_graph():
 
 
 def test_rollouts_and_decodes_in_chunks_give_the_same(folders, tmp_path):
-    "A device that holds a part of a rollout step: the plan says how many, the training takes it, the end is the same"
+    "A device that holds a part of a rollout step: the plan says how many, and the pictures are the same"
     run, method = settings('rlhf', 'contrast', **small_for('rlhf', 'contrast', n=4, steps=1))
     lean, rewards = device_here(), []
     for chunks in ((0, 8), (3, 1)):
@@ -422,9 +422,10 @@ TOO_WIDE = {('rlhf', 'paper'), ('rlhf', 'released'), ('rlhf', 'sde'), ('step_pre
 @pytest.mark.parametrize('size, devices', [('24gb', ('4090', 'l4')), ('80gb', ('a100', 'h100'))])
 @pytest.mark.parametrize('some', ['few', pytest.param('all', marks=pytest.mark.slow)])
 def test_sizes_of_cards(size, devices, some):
-    "SDXL at 1024 px learns with `--config 24gb` and `80gb`, by the plan; where one row is too much it says what helps"
+    "SDXL at 1024 px learns with `--config 24gb` and `80gb`, by the plan, unless one row is too wide"
     from diffusion_sharpening.commands.options import read_config
-    for name, preset in names if some == 'all' else [('sft', 'paper'), ('rlhf', 'default'), ('rlhf', 'paper')]:
+    few = [('sft', 'paper'), ('rlhf', 'default'), ('rlhf', 'paper')]
+    for name, preset in names if some == 'all' else few:
         asked = partial(plan, 'sdxl', name, preset, devices[0], heldout=24, **read_config(size))
         got = values(asked())
         if got['fits']: assert 1.2*got['memory'] < device_of(devices[1]).memory

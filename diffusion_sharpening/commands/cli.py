@@ -175,8 +175,9 @@ def parser(name:str # One of `COMMANDS`
 # %% ../../nbs/13_commands/16_cli.ipynb #c8afbcb8
 def _more_settings(p): # Of the method and the run
     p.add_argument('--steps', type=whole, metavar='INT', help='Batches of the training')
-    p.add_argument('--config', type=text, metavar='FILE', help='JSON file with settings of method and run; or '
-                   '24gb, 80gb: what lets large models learn on a card of that memory')
+    p.add_argument('--config', type=text, metavar='FILE',
+                   help='JSON file with settings of method and run; or 24gb, 80gb: '
+                        'what lets large models learn on a card of that memory')
     p.add_argument('--set', nargs='*', action='extend', metavar='KEY=VALUE',
                    help='Settings, after those of the file (sharpen methods lists them)')
 

@@ -220,7 +220,7 @@ def _rows(inputs, own): # Some rows of all tensors
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #f433698c
 @patch
-def _in_chunks(self:Denoiser, x, times, inputs):  # As `_ask`, but at most `rollout_chunk` at once without gradient
+def _in_chunks(self:Denoiser, x, times, inputs):  # As `_ask`; without gradient `rollout_chunk` at once
     most = len(x) if torch.is_grad_enabled() else self.rollout_chunk or len(x)
     if most >= len(x): return self._ask(self.policies, x, times, inputs)
     parts = [slice(i, i + most) for i in range(0, len(x), most)]
