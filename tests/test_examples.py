@@ -20,12 +20,13 @@ FEW = dict(train=['--heldout', 2, '--S-eval', 1], sample=['--n', 2, '--S', 1], e
            search=['--n', 2, '--S', 2], demo=['--steps', 1],
            experiment=['--budget', 400, '--heldout', 4, '--no-tune'])
 LITTLE = 'n=2 S=2 batch=2 rank=2'.split()
-NEEDS = {'image_reward': 'clip@shapes'}      # weights that are not shipped → some that are
+NEEDS = {'image_reward': 'clip@shapes',      # weights that are not shipped → some that are
+         'stabilityai/stable-diffusion-xl-base-1.0': 'MODEL'}
 
 
 def fenced(text):
     "Command lines in the blocks of a page"
-    blocks = re.findall(r'```\w*\n(.*?)```', text, re.S)
+    blocks = re.findall(r'```\w*\n(.*?)```', re.sub(r'\\\n\s*', '', text), re.S)
     return [l for b in blocks for l in b.splitlines() if re.match(r'([A-Z_]+=\S+ )?sharpen \w', l)]
 
 def pages():
@@ -67,6 +68,7 @@ def there(tmp_path):
     "A folder with what the examples name: a model, prompts, pictures with captions, settings, a reward"
     tiny_sdxl(tmp_path/'MODEL', words=' '.join(TEXTS).split())
     (tmp_path/'prompts.txt').write_text('\n'.join(TEXTS))
+    (tmp_path/'table.csv').write_text('\n'.join(['caption', *TEXTS]))
     for name in ('mine.py', 'my_rewards.py'): (tmp_path/name).write_text(OWN)
     (tmp_path/'settings.json').write_text('{"S": 3}')
     (tmp_path/'pictures').mkdir()
