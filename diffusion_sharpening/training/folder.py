@@ -153,7 +153,7 @@ def taken(folder, # For results
         if new: check_unused(at)
         yield at
 
-# %% ../../nbs/12_training/08_folder.ipynb #11142139
+# %% ../../nbs/12_training/08_folder.ipynb #e47419bd
 _FOLDERS = 'checkpoints', 'trackers', 'model'
 
 def _check_places(folder): # `FolderError` where a folder or a pipe is in the place of a file to be written
@@ -163,6 +163,7 @@ def _check_places(folder): # `FolderError` where a folder or a pipe is in the pl
     found = 'a folder' if odd[0].is_dir() else 'what is no regular file'
     raise FolderError(f'resume: expected a file {odd[0]}, found {found}; move it away')
 
+# %% ../../nbs/12_training/08_folder.ipynb #11142139
 def go_on(folder, # Locked, of a run whose checkpoint was restored
           run:dict # What is asked for now
          ):
