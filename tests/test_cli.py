@@ -1,5 +1,5 @@
 "The commands: what they write, and that wrong input is one clear line, exit code 2 and nothing written"
-import json, os, signal, subprocess, sys, time
+import json, os, re, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
@@ -474,6 +474,21 @@ def test_a_server_that_changed_is_noticed(xl, tmp_path, monkeypatch, capsys):
     assert abs(again['delta']['judges']['remote']['overall']['mean']) < .4
 
 
+def test_a_server_that_changed_is_noticed_without_held_out_prompts(xl, tmp_path, monkeypatch, capsys):
+    "By what it says of two test pictures; a server that answers as before is not mentioned"
+    judge = Changes()
+    with serving(judge) as url:
+        args = ['--model', xl, '--reward', f'remote@{url}', '--heldout', 0, '--steps', 1, '--out',
+                tmp_path/'out', '--set', *small]
+        assert call(monkeypatch, 'train', 'rlhf', *args) == 0
+        assert call(monkeypatch, 'train', 'rlhf', '--resume', tmp_path/'out', '--steps', 2) == 0
+        assert 'answers was' not in capsys.readouterr().out
+        judge.more = .5
+        assert call(monkeypatch, 'train', 'rlhf', '--resume', tmp_path/'out', '--steps', 3) == 0
+    said = 'resume: answers was .*, .* and is .*, .*; the end may differ'
+    assert re.search(said, capsys.readouterr().out)
+
+
 never = {'plan rlhf --set n=1000000000': 'n: expected at most 10000', 'plan ddpo --set updates=1000000000':
          'updates: expected', 'plan nft --set batch=1000000': 'plan: expected at most 10,000,000 evaluations',
          'plan rlhf --set n=9999 updates=9999': 'found 8e+09 (batch=8, n=9,999', 'plan rlhf --px 1000000000':
@@ -481,7 +496,11 @@ never = {'plan rlhf --set n=1000000000': 'n: expected at most 10000', 'plan ddpo
          'plan rlhf --heldout 1000000000': 'heldout: expected 0 to', 'plan rlhf --guidance 0': 'at least 1',
          'sample --n 1000000000': 'n: expected 1 to', 'sample --S 1000000000': 'S: expected 1 to 1,000',
          'sample --px 1000000000': 'up to 16,384', 'evaluate --n 1000000': 'prompts of Shapes',
-         'evaluate --S 1000000000': 'S: expected 1 to 1,000'}
+         'evaluate --S 1000000000': 'S: expected 1 to 1,000',
+         'plan flow_grpo --set eta=1e300': 'eta: expected a finite number up to 10',
+         'plan standard --set gamma=1e300': 'gamma: expected a finite',
+         'plan ddpo --set clip=1e20': 'clip: expected',
+         'train rlhf --px 512x768': '--px: expected a whole number'}
 
 @pytest.mark.parametrize('line', never)
 def test_numbers_that_would_take_forever(monkeypatch, capsys, line):

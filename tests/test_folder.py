@@ -1,5 +1,5 @@
 "The folder of a run: whose it is, what is refused there, and that nothing of anybody is lost"
-import json, shutil, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 
 import pytest, torch
 from safetensors.torch import load_file
@@ -109,6 +109,16 @@ def test_a_folder_in_the_place_of_a_file(finished, tmp_path):
     with pytest.raises(ValueError, match='expected a file .*report.json, found a folder; move it away'):
         resume('rlhf', tmp_path/'a', steps=3)
     assert inside(tmp_path) == before
+
+
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'reward_curve.png', 'before_after.png', lora_file])
+def test_a_pipe_in_the_place_of_a_file(finished, tmp_path, name):
+    "Would be waited for; it is said before anything is trained"
+    shutil.copytree(finished, tmp_path/'a')
+    (tmp_path/'a'/name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path/'a'/name)
+    with pytest.raises(ValueError, match=f'expected a file .*{name}, found what is no regular file'):
+        resume('rlhf', tmp_path/'a', steps=3)
 
 
 def test_second_process_is_refused(made, tmp_path):

@@ -52,6 +52,25 @@ def test_methods_that_need_a_gradient_say_so(tmp_path, name):
         train_command(name, 'molecules', out=tmp_path/'run', heldout=4, steps=1, S=2)
     assert '\n' not in str(e.value)
 
+def test_equal_molecules_are_accepted_once():
+    "Where a prompt leaves little choice"
+    model, judge = load_model('molecules').add_lora(2), Stable()
+    source = Columns(model, ['1 C'], {}, 1)
+    made = {}
+    for once in (False, True):
+        method = settings('graft', 'threshold', n=8, S=8, noises=1, threshold=-1., once=once)[1]
+        method.start(model)
+        lesson = method.collect(model, judge, source.batch(0))
+        made[once] = model.keys(model.show(lesson['x']))
+    assert len(made[False]) == 8 and sorted(made[True].tolist()) == sorted({*made[False].tolist()})
+    assert len(made[True]) < 8
+
+@pytest.mark.parametrize('name', ['graft', 'p_graft'])
+def test_models_that_do_not_say_what_is_equal_refuse_once(tmp_path, name):
+    with pytest.raises(ValueError, match='once: expected a model whose') as e:
+        train_command(name, 'layouts', out=tmp_path/'run', heldout=4, steps=1, S=2, S_eval=2, once=True)
+    assert '\n' not in str(e.value)
+
 def test_a_command_measures():
     rep = evaluate('molecules', n=4, S=2)
     assert rep['judge'] == 'stable' and rep['heldout_prompts'] == 4

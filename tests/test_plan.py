@@ -14,14 +14,14 @@ from diffusion_sharpening.methods.protocol import noise_columns
 from diffusion_sharpening.maths.rollout import Meter
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
-from diffusion_sharpening.models.counting import KNOWN, anatomy, unet_cost, vae_cost
+from diffusion_sharpening.models.counting import KNOWN, anatomy, measured, unet_cost, vae_cost
 from diffusion_sharpening.worlds.world import model_path
 from diffusion_sharpening.training.loop import prepare, train
 from diffusion_sharpening.training.run import Run, settings
 from diffusion_sharpening.basics.devices import DEVICES, device_here, device_of, mfu
 from diffusion_sharpening.training.advice import advice, fitting
 from diffusion_sharpening.training.plan import (
-    ROWS, Plan, evaluations, measured, plan, plan_rows, plan_table, units_of)
+    ROWS, Plan, evaluations, plan, plan_rows, plan_table, units_of)
 from shared import Bright
 
 torch.set_num_threads(1)
@@ -340,14 +340,17 @@ def test_plan_and_train_print_the_same_table(folders, cheap, tmp_path, capsys):
 
 def test_a_run_that_does_not_fit_says_what_would(folders, tmp_path, capsys, monkeypatch):
     "And the settings it names do fit; nothing is written"
-    from diffusion_sharpening.commands import cli, train as command
+    from diffusion_sharpening.commands import cli, job, train as command
     rows = values(plan(str(folders/'xl'), 'rlhf', 'paper', batch=8, n=8, S=4, micro=1, heldout=2, S_eval=1))
-    less = replace(device_here(), memory=1.1*rows['memory'])
-    monkeypatch.setattr(command, 'device_here', lambda *a: less)
+    least = sum(rows[f'memory_{k}'] for k in ('weights', 'learning', 'graph'))        # of one row
+    less = replace(device_here(), memory=1.1*least)
+    for module in (job, command): monkeypatch.setattr(module, 'device_here', lambda *a: less)
     args = ['train', 'rlhf', '--preset', 'paper', '--model', str(folders/'xl'), '--reward', 'clip@shapes',
             '--heldout', '2', '--S-eval', '1', '--steps', '1', '--out', str(tmp_path/'run'), '--set',
             'batch=8', 'n=8', 'S=4']
-    with pytest.raises(SystemExit) as e: cli.main(args)
+    with pytest.raises(SystemExit) as e, monkeypatch.context() as no_decode:
+        no_decode.setattr(Denoiser, 'show', lambda *a, **kw: 1/0)          # the plan comes first
+        cli.main(args)
     assert e.value.code == 2 and not (tmp_path/'run').exists()
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith('sharpen: plan: ') and 'it would fit with --set ' in line
@@ -356,6 +359,79 @@ def test_a_run_that_does_not_fit_says_what_would(folders, tmp_path, capsys, monk
     assert cli.run(['plan', *asked[1:]]) == 0 and line.split('; ')[1] in capsys.readouterr().out
     with pytest.raises(SystemExit) as e: cli.main([*args, *more])
     assert e.value.code == 0, capsys.readouterr().err
+
+
+GUIDED = 'ddpo', 'd3po', 'draft', 'step_preference'         # methods whose lessons are guided too
+
+@pytest.mark.parametrize('name', ['contrast', 'rlhf_sharpening', *GUIDED])
+def test_a_row_of_a_lesson_is_counted_whole(folders, name):
+    "With `micro=1` no call with gradient is larger than what the plan counts as one row, and one is as large"
+    changes = small_for(name, 'default', guidance=3., rank=2)
+    run, method = settings(name, 'default', **changes)
+    d = Denoiser.from_pretrained(folders/'xl', guidance=3., device='cpu')
+    forward, sizes = d.policies.forward, []
+    def network(x, *args, **kw):
+        if torch.is_grad_enabled(): sizes.append(len(x))
+        return forward(x, *args, **kw)
+    prepare(d, run, method)
+    d.policies.forward = network
+    source = Columns(d, PROMPTS, noise_columns(method, d.item, 2), 2, run.seed)
+    with torch.no_grad(): lesson = method.collect(d, Bright(), source.batch(0))
+    method.loss(d, Bright(), lesson.parts(1)[0], 0)
+    assert sum(sizes) <= evaluations(run, method, 3.)['width'] <= sum(sizes)*(2 if name == 'draft' else 1)
+
+
+def test_a_decode_with_gradient_is_in_the_graph():
+    "A method that follows the reward's gradient keeps the graph of the decoder too"
+    got = [values(plan('sdxl', 'draft', device='h200', px=512, batch=1, guidance=1., precision=p, S=4))
+           for p in ('bfloat16', 'float32')]
+    held = vae_cost('sdxl', 512, grad=True)[0].held
+    assert got[0]['memory_graph'] > held and got[1]['memory_graph'] > 1.8*held
+
+
+def test_rollouts_and_decodes_in_chunks_give_the_same(folders, tmp_path):
+    "A device that holds a part of a rollout step: the plan says how many, and the pictures are the same"
+    run, method = settings('rlhf', 'contrast', **small_for('rlhf', 'contrast', n=4, steps=1))
+    lean, rewards = device_here(), []
+    for chunks in ((0, 8), (3, 1)):
+        d = Denoiser.from_pretrained(folders/'xl', guidance=3., device='cpu')
+        d.rollout_chunk, d.decode_chunk = chunks
+        seen, forward = [], d.policies.forward
+        def network(x, *args, forward=forward, seen=seen, **kw):
+            if not torch.is_grad_enabled(): seen.append(len(x))
+            return forward(x, *args, **kw)
+        prepare(d, run, method)
+        d.policies.forward = network
+        with torch.no_grad(): lesson = method.collect(d, Bright(), Prompts(d, PROMPTS, 2).batch(0))
+        assert max(seen) == (3 if chunks[0] else 16)
+        rewards.append(lesson.pictures)
+    assert torch.allclose(*rewards, atol=1e-4)
+    units, sizes = units_of(str(folders/'xl'), None, run)
+    args = 'x', run, method, units, sizes
+    big = values(plan_rows(*args, lean))
+    assert (big['rollout_chunk'], big['decode_chunk']) == (0, 8)
+    room = big['memory_weights'] + big['memory_learning'] + 3.5*units['rollout'].peak
+    small = values(plan_rows(*args, replace(lean, memory=1.2*room)))
+    assert small['rollout_chunk'] == 3 and small['memory_rollout'] < big['memory_rollout']
+
+
+TOO_WIDE = {('rlhf', 'paper'), ('rlhf', 'released'), ('rlhf', 'sde'), ('step_preference', 'default'),
+            ('draft', 'default'), ('draft', 'alignprop'), ('refl', 'default'), ('crd', 'default'),
+            *(('rlhf_sharpening', p) for p in presets_of('rlhf_sharpening'))}
+
+@pytest.mark.parametrize('size, devices', [('24gb', ('4090', 'l4')), ('80gb', ('a100', 'h100'))])
+@pytest.mark.parametrize('some', ['few', pytest.param('all', marks=pytest.mark.slow)])
+def test_sizes_of_cards(size, devices, some):
+    "SDXL at 1024 px learns with `--config 24gb` and `80gb`, by the plan, unless one row is too wide"
+    from diffusion_sharpening.commands.options import read_config
+    few = [('sft', 'paper'), ('rlhf', 'default'), ('rlhf', 'paper')]
+    for name, preset in names if some == 'all' else few:
+        asked = partial(plan, 'sdxl', name, preset, devices[0], heldout=24, **read_config(size))
+        got = values(asked())
+        if got['fits']: assert 1.2*got['memory'] < device_of(devices[1]).memory
+        else:
+            assert (name, preset) in TOO_WIDE and (size == '24gb' or preset == 'alignprop')
+            assert got['memory_graph'] > got['memory_rollout']
 
 
 def test_recomputed_activations_give_the_same_gradient(folders):

@@ -49,6 +49,32 @@ def pages(site):
         seen.feed(seen.text)
     return out
 
+SOURCE = """def one(a:int # First
+       )->str: # Said
+    'About'
+
+def two(a, b=2): # Second
+    'More'
+
+def three(cls, # A class
+          a=1, b=2, # Both
+          **more # Rest
+         )->tuple: # All
+    'Most'
+"""
+
+def test_comments_go_to_what_they_are_of(monkeypatch):
+    "Each comment of a signature is read for its parameter, or for what is returned"
+    monkeypatch.syspath_prepend(str(root/'nbs'/'_dev'))
+    import site_api
+    one, two, three = (site_api.document(o, SOURCE) for o in site_api.public(site_api.parsed(SOURCE)))
+    assert '| `a: int` | First |' in one and '| *returns* `str` | Said |' in one
+    assert '`b=2` | Second |' in two and 'returns' not in two
+    rows = '| `cls` | A class |', '| `a=1`, `b=2` | Both |', '| `**more` | Rest |'
+    places = [three.index(o) for o in rows]
+    assert places == sorted(places)
+    assert '| *returns* `tuple` | All |' in three and 'three(cls, a=1, b=2, **more) -> tuple' in three
+
 def test_every_notebook_has_its_page(pages):
     found = [p.relative_to(root) for p in (root/'nbs').rglob('*.ipynb')]
     notebooks = [p for p in found if not any(o[0] in '._' for o in p.parts)]

@@ -27,7 +27,7 @@ def words(default:str, # Default
 
 # %% ../../nbs/01_basics/05_settings.ipynb #d4043d64
 _KINDS = {bool: ((bool,), 'true or false'), int: ((int,), 'a whole number'),
-          float: ((int, float), 'a finite number'), str: ((str,), 'a word')}
+          float: ((int, float), 'a finite number up to 10¹² in size'), str: ((str,), 'a word')}
 
 def check_kinds(cls, # A settings dataclass
                 changes:dict # Name → value; unknown names are left alone
@@ -37,7 +37,7 @@ def check_kinds(cls, # A settings dataclass
         if f.name not in changes: continue
         v, (kinds, what) = changes[f.name], _KINDS[type(f.default)]
         odd = isinstance(v, bool) and type(f.default) is not bool
-        if not isinstance(v, kinds) or odd or float in kinds and not -1e308 < v < 1e308 and v != f.default:
+        if not isinstance(v, kinds) or odd or float in kinds and not -1e12 <= v <= 1e12 and v != f.default:
             raise ValueError(f'{f.name}: expected {what}, found {brief(v)}')
 
 # %% ../../nbs/01_basics/05_settings.ipynb #c37f382e

@@ -60,7 +60,8 @@ EXAMPLES = {
     'score': ['sharpen score --images after --prompts after/prompts.jsonl --reward clip',
               'sharpen score --images pictures --prompts prompts.txt --reward mine.py:redness --out red'],
     'serve-reward': ['sharpen serve-reward --reward clip --port 8765'],
-    'plan': ['sharpen plan rlhf --model sdxl --px 512 --device h200'],
+    'plan': ['sharpen plan rlhf --model sdxl --px 512 --device h200',
+             'sharpen plan rlhf --model sdxl --config 24gb --device 4090'],
     'export': ['sharpen export runs/first', 'sharpen export runs/first --layout diffusers --out lora'],
     'push': ['sharpen push runs/first me/sharper --dry-run'],
     'experiment': ['sharpen experiment comparison --quick --only "NFT; DDPO; GRAFT"',
@@ -174,7 +175,9 @@ def parser(name:str # One of `COMMANDS`
 # %% ../../nbs/13_commands/16_cli.ipynb #c8afbcb8
 def _more_settings(p): # Of the method and the run
     p.add_argument('--steps', type=whole, metavar='INT', help='Batches of the training')
-    p.add_argument('--config', type=text, metavar='FILE', help='JSON file with settings of method and run')
+    p.add_argument('--config', type=text, metavar='FILE',
+                   help='JSON file with settings of method and run; or 24gb, 80gb: '
+                        'what lets large models learn on a card of that memory')
     p.add_argument('--set', nargs='*', action='extend', metavar='KEY=VALUE',
                    help='Settings, after those of the file (sharpen methods lists them)')
 

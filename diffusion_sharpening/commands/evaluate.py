@@ -27,7 +27,7 @@ def evaluate(
     eta:float=None, # Fresh noise of each step, 0 … 1; None: the world's best measured, 0 for others
     seed:int=0, # Of the start noise
     guidance:float=None, # Classifier-free guidance; None: the model's default
-    px:int=None, # Side of the pictures in pixels; None: what the model was made for
+    px:int=None, # Side of the square pictures in pixels; None: what the model was made for
     variant:str=None # Variant of the model's files, e.g. fp16
 )->dict: # Means with 95 % intervals
     "Measure a model on held-out prompts"
@@ -40,7 +40,7 @@ def evaluate(
     r = load_reward(reward, world and world.name, train=False)
     d = load_model(model, guidance, lora, px=px, variant=variant, eta=eta)
     chunk, d = pictures_at_once(d), as_trained(d, lora, S)
-    asked = check_judges(judges(r, texts, model), texts, d)
+    asked, _ = check_judges(judges(r, texts, model), texts, d)
     d.say_cut(texts)
     e = measure(d, texts, asked, S, seed=seed, chunk=chunk)
     return dict(model=model, lora=lora, judge=reward, prompts=prompts, heldout_prompts=len(texts), S=S,

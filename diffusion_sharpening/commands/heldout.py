@@ -74,13 +74,13 @@ def judges(reward, # The trained reward
 def check_judges(judges:dict, # Name → reward, the one that is followed first
                  prompts:list, # What they will be asked about
                  model # The model, whose pictures they will see
-                )->dict: # Those that can; ValueError of the first if it cannot
+                )->tuple: # Those that can, and what the first said; ValueError if it cannot
     "Ask each judge once, before any work is done; an exam that cannot judge is left out, with a warning"
     texts = (list(prompts[:2])*2)[:2]
     pictures = model.show(noise(torch.arange(2), START, model.item, model.device)).cpu()
     own, *exams = judges
-    judges[own](pictures, texts)
-    return {own: judges[own]} | {k: judges[k] for k in exams if _can(judges[k], pictures, texts)}
+    said = [float(f'{x:.4g}') for x in judges[own](pictures, texts).tolist()]
+    return {own: judges[own]} | {k: judges[k] for k in exams if _can(judges[k], pictures, texts)}, said
 
 def _can(exam, pictures, texts):
     try: return exam(pictures, texts) is not None

@@ -89,7 +89,7 @@ def sample(
     eta:float=None, # Fresh noise of each step, 0 … 1; None: the world's best measured, 0 for others
     seed:int=0, # Of the start noise
     guidance:float=None, # Classifier-free guidance; None: the model's default
-    px:int=None, # Side of the pictures in pixels; None: what the model was made for
+    px:int=None, # Side of the square pictures in pixels; None: what the model was made for
     variant:str=None # Variant of the model's files, e.g. fp16
 )->Path: # The folder
     "Make pictures"

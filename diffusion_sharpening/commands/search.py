@@ -150,7 +150,7 @@ def search(
     settings:str=None, # Of the search: key=value, with commas between them
     seed:int=0, # Of the start noise
     guidance:float=None, # Classifier-free guidance; None: the model's default
-    px:int=None, # Side of the pictures in pixels; None: what the model was made for
+    px:int=None, # Side of the square pictures in pixels; None: what the model was made for
     variant:str=None # Variant of the model's files, e.g. fp16
 )->dict: # Value with its interval, evaluations and calls for each picture, and the folder
     "Make pictures, each the best that a search finds within its budget"

@@ -10,6 +10,7 @@ import torch
 from dataclasses import dataclass
 from torch import Tensor
 from ..basics.settings import within
+from ..maths.acceptance import once
 from diffusion_sharpening.methods.parts import (
     any_times, at_end, candidate_seeds, end_error, flat, from_prompt, guided, noise_rows, noised, places,
     plain, repeated, summary, ties)
@@ -25,6 +26,7 @@ class Accepting(Counting):
     noises: int = within(4, 1)        # Fresh noises of each accepted sample in an update
     round: int = within(0, 0)         # Batches until the policy takes over the sampling; 0: always the base
     guidance: float = within(0., 0)   # Classifier-free guidance in rollouts; 1: none, 0: as the model samples
+    once: bool = False                # Of equal samples of a prompt accept one; the model has `keys`
 
     def accepted(self, R:Tensor, seeds:Tensor) -> Tensor:
         "Which samples are kept, bool `(n, B)`"
@@ -34,8 +36,15 @@ class Accepting(Counting):
         "How much each counts `(n, B)`; 0 leaves it out"
         return ok.float()
 
+    def different(self, model, ok:Tensor, things) -> Tensor:
+        "The accepted `(n, B)`, equal ones once where that is asked for"
+        return once(ok, model.keys(things).to(ok.device)) if self.once else ok
+
     def start(self, model):
         "The policy that samples begins as the base"
+        if self.once and not hasattr(model, 'keys'):
+            raise ValueError('once: expected a model whose `keys` say which samples are equal, '
+                             f'found {type(model).__name__} without')
         if self.round: model.copy_adapter('policy', 'old')
 
     def sampler(self, model):
@@ -52,7 +61,7 @@ class Accepting(Counting):
         view, seeds = guided(model, self.guidance), candidate_seeds(batch.seeds, self.n)
         x, ends = self.samples(model, view, batch, seeds)
         R, pictures = at_end(view, judge, ends, batch.prompts)
-        w = flat(self.weights(R, self.accepted(R, seeds)))
+        w = flat(self.weights(R, self.different(model, self.accepted(R, seeds), pictures)))
         keep = w.nonzero()[:, 0] if w.any() else torch.zeros(1, dtype=torch.long, device=w.device)
         rows = noise_rows(dict(x=flat(x)[keep], seeds=flat(seeds)[keep.cpu()]), self.noises)
         cond = repeated(batch.cond, self.n)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KNOWN', 'ALIASES', 'Anatomy', 'anatomy', 'text_params', 'Live', 'Cost', 'fused', 'count', 'picture_side', 'unet_cost',
-           'vae_cost']
+           'vae_cost', 'measured']
 
 # %% ../../nbs/03_models/14_counting.ipynb #1acad953
 import json, torch, weakref
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from .policies import ATTENTION, LINEAR, Policies
 from .loading import dtype_of
+from ..basics.seeds import START, noise
 from ..basics.words import one_of
 
 
@@ -249,3 +250,50 @@ def vae_cost(
     one_of(way, ['decode', 'encode'], 'way')
     other = vae and str(vae)
     return _vae_counted(str(model), picture_side(model, px), way, grad, dtype_of(dtype), other)
+
+# %% ../../nbs/03_models/14_counting.ipynb #9f000099
+def _saved(f, net): # GiB that the graph of `f` keeps, weights apart
+    own, seen = {p.untyped_storage().data_ptr() for p in net.parameters()}, {}
+    def pack(t):
+        s = t.untyped_storage()
+        seen[s.data_ptr()] = s.nbytes()
+        return t
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f()
+    return sum(v for k, v in seen.items() if k not in own)/2**30
+
+# %% ../../nbs/03_models/14_counting.ipynb #56a5a591
+def _run_once(f, net): # `Cost` of a call of a network (None: of none) without gradients, on real tensors
+    from torch.utils.flop_counter import FlopCounterMode
+    known = [] if net is None else [*net.parameters(), *net.buffers()]
+    live, flops = Live(known), FlopCounterMode(display=False)
+    with torch.no_grad(), flops, live: f()
+    n = flops.get_total_flops()/1e12
+    return Cost(n, n, 0., live.peak/2**30)
+
+# %% ../../nbs/03_models/14_counting.ipynb #5115a1de
+def _followed(model, x, net, decode): # `Cost` of a decode with gradient
+    if net is None: return decode
+    held = _saved(lambda: model.show(x.clone().requires_grad_(), fast=True, grad=True), net)
+    return Cost(decode.tflop, 3*decode.tflop, held, held)
+
+# %% ../../nbs/03_models/14_counting.ipynb #6e37d921
+def measured(model # `Denoiser` that learns
+            )->tuple: # `Cost`s and parameters, as for `memory`
+    "Units counted on a loaded model: what one picture takes"
+    net, vae, cheap = model.network, model.autoencoder, model.score_vae
+    x, t = noise(torch.tensor([0]), START, model.item, model.device), model.grid(4)[:1].to(model.device)
+    known = next((k for k in model.cache if isinstance(k, str)), '')
+    one, cond = model.with_guidance(1.), model.encode([known])
+    def ask(): return one.output(x, t, cond)
+    rollout, held = _run_once(ask, net), _saved(ask, net)
+    with model.reference(): reference = _run_once(ask, net)
+    lesson = Cost(rollout.tflop, (3 if model.full else 2)*rollout.tflop, held, held)
+    def size(m): return 0 if m is None else sum(p.numel() for p in m.parameters())
+    learn, text = sum(p.numel() for p in model.trainable()), sum(map(size, model.text_encoders))
+    adapters = sum(p.numel() for k, p in net.named_parameters() if '.lora_' in k)
+    show = _run_once(lambda: model.show(x), vae)
+    decode = show if cheap is None else _run_once(lambda: model.show(x, fast=True), cheap)
+    followed = _followed(model, x, cheap or vae, decode)
+    return (dict(rollout=rollout, reference=reference, lesson=lesson, decode=decode, show=show,
+                 followed=followed),
+            dict(unet=size(net) - adapters, vae=size(vae) + size(cheap), text=text, learn=learn))

@@ -22,6 +22,8 @@ from .schedulers import (
 # %% ../../nbs/03_models/12_denoiser.ipynb #296d813c
 class Denoiser(Learner):
     "A diffusers pipeline behind `predict(x_t, t, cond) -> (x0, eps)`; frozen until `add_lora` or `add_full`"
+    rollout_chunk = 0 # Network evaluations at once where no gradient is kept; 0: all
+    decode_chunk = 8  # Pictures decoded at once
     def __init__(self,
         pipe, # A diffusers pipeline of a known family
         guidance:float=5., # Classifier-free guidance scale; 1: none, at half the cost
@@ -211,6 +213,19 @@ def _ask(self:Denoiser, net, x, times, inputs):  # Float32 output of the network
     with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
         return self.family.forward(net, x, times, inputs).float()
 
+# %% ../../nbs/03_models/12_denoiser.ipynb #d805cc1c
+def _rows(inputs, own): # Some rows of all tensors
+    if isinstance(inputs, dict): return {k: _rows(v, own) for k, v in inputs.items()}
+    return inputs[own]
+
+# %% ../../nbs/03_models/12_denoiser.ipynb #f433698c
+@patch
+def _in_chunks(self:Denoiser, x, times, inputs):  # As `_ask`; without gradient `rollout_chunk` at once
+    most = len(x) if torch.is_grad_enabled() else self.rollout_chunk or len(x)
+    if most >= len(x): return self._ask(self.policies, x, times, inputs)
+    parts = [slice(i, i + most) for i in range(0, len(x), most)]
+    return torch.cat([self._ask(self.policies, x[o], times[o], _rows(inputs, o)) for o in parts])
+
 # %% ../../nbs/03_models/12_denoiser.ipynb #ea130966
 @patch
 def output(self:Denoiser,
@@ -224,7 +239,7 @@ def output(self:Denoiser,
     times = self.ticks*torch.as_tensor(t, device=x.device).expand(x_t.shape[:-3]).flatten()
     inputs = self._inputs(cond, len(x))
     if self.cost == 2: x, times = x.repeat(2, 1, 1, 1), times.repeat(2)
-    out = self._ask(self.policies, x, times, inputs)
+    out = self._in_chunks(x, times, inputs)
     if self.cost == 2:
         u, c = out.chunk(2)
         out = u + self.guidance*(c - u)
@@ -234,7 +249,7 @@ def output(self:Denoiser,
 @patch
 def show(self:Denoiser,
     latents:Tensor, # `(…, C, H, W)`
-    chunk:int=8, # Pictures decoded at once
+    chunk:int=None, # Pictures decoded at once; None: `decode_chunk`
     fast:bool=False, # With the scoring autoencoder, if there is one?
     grad:bool=False # Let gradients pass?
 ) -> Tensor: # Float32 `(…, 3, height, width)` in [0, 1]
@@ -244,7 +259,7 @@ def show(self:Denoiser,
         raise ValueError(f'latents: expected (…, {self.item[0]}, H, W), found {tuple(latents.shape)}')
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()):
         flat = latents.reshape(-1, *latents.shape[-3:])
-        pics = torch.cat([decoded(vae, z) for z in flat.split(chunk)])
+        pics = torch.cat([decoded(vae, z) for z in flat.split(chunk or self.decode_chunk)])
     return pics.view(*latents.shape[:-3], *pics.shape[1:])
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #869f56de
@@ -252,7 +267,7 @@ def show(self:Denoiser,
 @torch.no_grad()
 def latents(self:Denoiser,
     images:Tensor, # `(…, 3, height, width)` in [0, 1]
-    chunk:int=8 # Pictures encoded at once
+    chunk:int=None # Pictures encoded at once; None: `decode_chunk`
 ) -> Tensor: # Float32 `(…, C, H, W)`
     "Latents of pictures"
     f, (h, w) = self.pipe.vae_scale_factor, images.shape[-2:]
@@ -260,7 +275,7 @@ def latents(self:Denoiser,
         raise ValueError(f'images: expected (…, 3, H, W), sides multiples of {f}; '
                          f'found {tuple(images.shape)}')
     flat = images.to(self.device).reshape(-1, 3, h, w)
-    z = torch.cat([encoded(self.autoencoder, x) for x in flat.split(chunk)])
+    z = torch.cat([encoded(self.autoencoder, x) for x in flat.split(chunk or self.decode_chunk)])
     return z.view(*images.shape[:-3], *z.shape[1:])
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #62f2a6fe

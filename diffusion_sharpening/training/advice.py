@@ -21,6 +21,8 @@ def savings(run, method, # Settings, and the method
              if (run.batch >> k) % world == 0]
     n = getattr(method, 'n', 0)
     less = [dict(n=n >> k) for k in range(1, n.bit_length() - 1)]
+    m = getattr(method, 'm', 0)
+    less += [dict(m=m >> k) for k in range(1, m.bit_length())]
     micro = [dict(micro=0)] if run.micro else []
     return [*micro, dict(precision='bfloat16'), dict(checkpointing=True), *fewer, *less]
 

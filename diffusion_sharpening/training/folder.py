@@ -153,13 +153,17 @@ def taken(folder, # For results
         if new: check_unused(at)
         yield at
 
-# %% ../../nbs/12_training/08_folder.ipynb #11142139
+# %% ../../nbs/12_training/08_folder.ipynb #e47419bd
 _FOLDERS = 'checkpoints', 'trackers', 'model'
 
-def _check_places(folder): # `FolderError` where a folder is in the place of a file that will be written
-    odd = [n for n in (*RESULTS, 'manifest.json') if n not in _FOLDERS and (folder/n).is_dir()]
-    if odd: raise FolderError(f'resume: expected a file {folder/odd[0]}, found a folder; move it away')
+def _check_places(folder): # `FolderError` where a folder or a pipe is in the place of a file to be written
+    files = [folder/n for n in (*RESULTS, 'manifest.json') if n not in _FOLDERS]
+    odd = [p for p in files if p.is_dir() or p.suffix != '.json' and os.path.lexists(p) and not p.is_file()]
+    if not odd: return
+    found = 'a folder' if odd[0].is_dir() else 'what is no regular file'
+    raise FolderError(f'resume: expected a file {odd[0]}, found {found}; move it away')
 
+# %% ../../nbs/12_training/08_folder.ipynb #11142139
 def go_on(folder, # Locked, of a run whose checkpoint was restored
           run:dict # What is asked for now
          ):

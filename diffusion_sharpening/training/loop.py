@@ -47,6 +47,7 @@ class State:
     stop:str = None # Why the run ends early
     whole:bool = True # Are the weights those after batch `k`?
     meter:Meter = None # The model, counting
+    width:int = 0 # Network evaluations with gradient of a row of a lesson; 0: as the method says
 
     @property
     def rank(self): return self.team.rank
@@ -174,7 +175,7 @@ def backward(s:State, lesson, u:int)->tuple: # Loss of this process's rows, and 
     "Gradients of one update, part by part"
     total = s.team.mean(lesson.use.sum()).clamp(min=1e-9)
     loss, sums = 0., {}
-    for part in lesson.parts(s.run.micro and max(1, s.run.micro//s.method.width)):
+    for part in lesson.parts(s.run.micro and max(1, s.run.micro//(s.width or s.method.width))):
         losses, stats = s.method.loss(s.meter, s.judge, part, u)
         own = (losses*part.use).sum()/total
         own.backward()

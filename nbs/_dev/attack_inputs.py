@@ -119,7 +119,7 @@ OPTIONS = {
     'score': ('--images {pics} --prompts {pics}.jsonl --reward {r} --out {o}',
               '--images --prompts --reward --out --batch'),
     'serve-reward': ('--reward nothing', '--port --host --reward'),
-    'demo': ('--out {file}/x', '--out --steps --seed')}
+    'demo': ('--out {o} --steps 1', '--out --steps --seed')}
 NUMBERS = ['-1', '1.5', 'x', '', 'nan', 'inf', '1e400', '999999999', str(10**30), '9'*5000, '²', '0']
 TEXT = ['', '\0', 'x'*5000, '/dev/null', '/dev/full', '/', '.', '-', '~nobody/x', 'hf:', 'hf:a', 'hf:/',
         ':', '::',
@@ -128,6 +128,16 @@ TEXT = ['', '\0', 'x'*5000, '/dev/null', '/dev/full', '/', '.', '-', '~nobody/x'
         'remote@', 'mllm@', 'remote@http://[', 'own', 'http://', '*', '%s', '{{x}}', 'a/b', 'a/b/c', '--']
 COUNTS = ('--n --m --px --world --batch-seconds --share --heldout --S-eval --steps --S --seed --guidance '
           '--batch --port --budget').split()
+
+def short():
+    "A training that is accepted ends before its first batch, and a demo measures two prompts"
+    from diffusion_sharpening.commands import job, train
+    fit, number = train.fit, job.heldout_number
+    def once(model, method, judge, source, run, *more):
+        run.steps = 0
+        return fit(model, method, judge, source, run, *more)
+    train.fit = once
+    job.heldout_number = lambda n, model: 2 if n is None else number(n, model)
 
 def optional(command, base, option, value, kit):
     "Refused in one line, or done"
@@ -138,7 +148,7 @@ def optional(command, base, option, value, kit):
                  **{k: d/k for k in ('fifo', 'file', 'folder')})
     argv = [a.format(**names) for a in base.split()]
     value = value.format(**names) if '{' in value else value
-    end = sharpen(*command.split(), *argv, option, value, at=d, wait=90)
+    end = sharpen(*command.split(), *argv, option, value, at=d, before=short, wait=90)
     if (d/'file').read_text() != 'mine': return 'it overwrote a file'
     return trouble(end)
 

@@ -97,11 +97,12 @@ def parameters(node, notes, method=False):
     lines = {}
     for stars, p, d in args:
         if p is not None: lines.setdefault((d or p).end_lineno, []).append((stars, p, d))
-    one_line = node.lineno == last or header == node.lineno
+    one_line = last <= node.lineno # the comment is of the last parameter or of what is returned
     for n, ps in lines.items():
         said = '' if one_line else notes.get(n, '')
         rows.append((', '.join(code(written(*p, kinds=True)) for p in ps), cell(said)))
-    end = notes.get(header, '') if one_line else ' '.join(notes[n] for n in ends if n not in lines)
+    end = notes.get(node.lineno, '') if one_line else ' '.join(notes[n] for n in ends if n not in lines)
+    if one_line and rows and end and not node.returns: rows[-1], end = (rows[-1][0], cell(end)), ''
     kind = code(ast.unparse(node.returns)) if node.returns else ''
     if end: rows.append((f'*returns* {kind}', cell(end)))
     return table(rows, ('Parameter', 'What it is'))

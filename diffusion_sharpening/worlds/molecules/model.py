@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from ...models.cond import Cond
 from ...models.set_model import SetModel
+from .graphs import keys
 from .items import ANY, ITEM, conditions, to_graphs, to_items
 
 # %% ../../../nbs/05_worlds/molecules/06_model.ipynb #c3ff9458
@@ -30,3 +31,7 @@ class MoleculeModel(SetModel):
     def latents(self, things:Tensor, chunk:int=8) -> Tensor:
         "Items of graphs"
         return to_items(things).to(self.device)
+
+    def keys(self, things:Tensor) -> Tensor:
+        "A number of each graph, equal for equal molecules"
+        return keys(things)
