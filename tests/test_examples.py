@@ -1,5 +1,5 @@
 "Every command line that the README, the pages and the helps show runs as it stands, with smaller numbers"
-import json, os, re, shlex, signal, sys, time
+import json, os, re, shlex, shutil, signal, sys, time
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from fault_proxy import FaultProxy
 from diffusion_sharpening.commands import cli
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.names.catalog import load_reward
+from diffusion_sharpening.commands.lists import method_settings
 from diffusion_sharpening.rewards.mllm import ASPECTS
 from diffusion_sharpening.rewards.remote import serving
 
@@ -19,7 +20,7 @@ OWN = 'def redness(images, prompts): return images[:, 0].mean((1, 2))\n'
 FEW = dict(train=['--heldout', 2, '--S-eval', 1], sample=['--n', 2, '--S', 1], evaluate=['--n', 2, '--S', 1],
            search=['--n', 2, '--S', 2], demo=['--steps', 1],
            experiment=['--budget', 400, '--heldout', 4, '--no-tune'])
-LITTLE = 'n=2 S=2 batch=2 rank=2'.split()
+LITTLE = 'n=2 m=2 S=2 batch=2 rank=2'.split()
 NEEDS = {'image_reward': 'clip@shapes',      # weights that are not shipped → some that are
          'stabilityai/stable-diffusion-xl-base-1.0': 'MODEL'}
 
@@ -44,6 +45,13 @@ PAGES = {'README.md': fenced((root/'README.md').read_text(encoding='utf-8')),
          **pages()}
 
 
+def known(argv):
+    "Settings of the method that a command line trains"
+    if ':' in argv[1]: return {'n', 'S', 'batch', 'rank'}      # the page's own method
+    preset = dict(zip(argv, argv[1:])).get('--preset', 'default')
+    return {r['name'] for r in method_settings(argv[1], preset)}
+
+
 def smaller(line):
     "Environment and arguments of a command line, with numbers that make it short"
     env, argv = {}, shlex.split(line, comments=True)
@@ -57,9 +65,8 @@ def smaller(line):
     named = new or argv[0] in ('search', 'experiment')        # a name comes first
     if argv[0] != 'train' or new: argv[1 + named:1 + named] = FEW.get(argv[0], [])  # what is typed later wins
     if new and '--steps' not in argv: argv += ['--steps', 1]
-    little = LITTLE + ['m=2']*('sft' in argv)
     if new and '--set' not in argv: argv.append('--set')
-    if new: argv[(i := argv.index('--set') + 1):i] = little
+    if new: argv[(i := argv.index('--set') + 1):i] = [o for o in LITTLE if o.split('=')[0] in known(argv)]
     return env, [*map(str, argv)]
 
 
@@ -72,9 +79,12 @@ def there(tmp_path):
     for name in ('mine.py', 'my_rewards.py'): (tmp_path/name).write_text(OWN)
     (tmp_path/'settings.json').write_text('{"S": 3}')
     (tmp_path/'pictures').mkdir()
+    choices = [dict(prompt=t, better=i, worse=i + 9) for i, t in enumerate(TEXTS)]
+    (tmp_path/'choices.jsonl').write_text('\n'.join(map(json.dumps, choices)))
     for i, t in enumerate(TEXTS):
         Image.new('RGB', (64, 64), (40*i, 9, 9)).save(tmp_path/f'pictures/{i}.png')
         (tmp_path/f'pictures/{i}.txt').write_text(t)
+    shutil.copytree(tmp_path/'pictures', tmp_path/'accepted')
     return tmp_path
 
 

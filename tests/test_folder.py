@@ -207,7 +207,7 @@ def test_what_changed_is_said(made, tmp_path, capsys):
     (tmp_path/'mine.py').write_text(CODE.replace('(1, 2, 3))', '(1, 2, 3))**2'))
     resume('rlhf', tmp_path/'a', steps=3)
     said = capsys.readouterr().out
-    assert 'resume: reward.code was ' in said and 'may differ from that of an uninterrupted run' in said
+    assert 'reward.code was ' in said and 'may differ from that of an uninterrupted run' in said
 
 
 def test_from_another_folder(made, tmp_path, monkeypatch):
