@@ -2,6 +2,7 @@
 import csv, json, math, multiprocessing, os, signal, sys, threading, time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest, torch
 from PIL import Image
@@ -329,11 +330,17 @@ def test_order_is_kept_and_threads_are_bounded():
     assert s.tolist() == list(range(21)) and len(seen) == 11 and 2 <= max(most) <= 3
 
 
+def waiting(monkeypatch, sleep):
+    "Let `remote`, and no other thread, sleep in another way"
+    clock = SimpleNamespace(**dict(vars(time), sleep=sleep))
+    monkeypatch.setattr('diffusion_sharpening.rewards.remote.time', clock)
+
+
 def test_faults_that_pass(monkeypatch):
     plan = [(500, 'x'), (429, 'x', {'Retry-After': '0'}), None, (503, '')]
     with server(lambda body, k: plan[k] if k < len(plan) else good(body)) as (url, seen):
-        monkeypatch.setattr('diffusion_sharpening.rewards.remote.time.sleep', lambda s: waits.append(s))
         waits = []
+        waiting(monkeypatch, waits.append)
         assert Remote(url, patience=60)(pics(2), ['3', '4']).tolist() == [3, 4]
     assert len(seen) == 5 and waits[1] == 0 and .4 < waits[0] < .61 and 1.6 < waits[2] < 2.41
 
@@ -350,7 +357,7 @@ def test_faults_that_pass(monkeypatch):
     ((200, '[1, 2]'), 'expected 2 scores', 1), ((200, '{"scores": [1, Infinity]}'), 'no number of JSON', 1),
     (None, 'after 2 tries', 2)])
 def test_faults_that_stay(monkeypatch, reply, part, asked):
-    monkeypatch.setattr('diffusion_sharpening.rewards.remote.time.sleep', lambda s: None)
+    waiting(monkeypatch, lambda s: None)
     with server(lambda body, k: reply) as (url, seen):
         with pytest.raises(RewardError, match='^remote: ') as e: Remote(url, patience=.7)(pics(2), ['', ''])
     one_line(e, part)
