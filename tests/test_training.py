@@ -262,7 +262,7 @@ OTHER |= dict(noises=2, most=.5, scale=.3, kl=.5, near=.7, near_rate=.5, anchor=
               level=False, rise=.4, stay=.2,
               K=2, threshold=.95, tau=.3, ft_fraction=.5, round=1, once=True)
 BESIDE = dict(aggregate=dict(n=6, m=3), near_rate=dict(near=1.), clip=dict(updates=2), stay=dict(rise=.4),
-              once=dict(n=6, K=2, threshold=-2.))
+              once=dict(n=6, K=2))
 SHARED = {f for f in RAM.__dataclass_fields__ if f in Forward.__dataclass_fields__}
 
 def fields_of(name, made):

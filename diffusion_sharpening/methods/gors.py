@@ -38,4 +38,4 @@ class RWR(Accepting):
 
     def weights(self, R, ok):
         "Relative to the best of the batch `(n, B)`"
-        return ((R - R.max())/self.tau).exp()
+        return ok*((R - R.max())/self.tau).exp()

@@ -106,7 +106,10 @@ def main():
     for name, arm in todo.items():
         if name in found or arm == ('d3po', 'human'): continue  # there are no choices of people
         print(name, flush=True)
-        found[name] = one(arm, a, world, judge, prompts, pairs)
+        try: found[name] = one(arm, a, world, judge, prompts, pairs)
+        except ValueError as e:                                   # the reward is not one for this method
+            print(f'{name}: not measured ({e})', flush=True)
+            continue
         if not a.dry: write('curves', about | dict(arms=found))
 
 if __name__ == '__main__': main()
