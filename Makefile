@@ -30,7 +30,7 @@ demo: $(stamp)  ## The main job: sharpen a text-to-image model here (options: ma
 	@$(BIN)/sharpen demo $(ARGS)
 
 test: $(stamp)  ## Run every notebook, then pytest
-	$(in_venv) nbdev_test --n_workers 1 --do_print
+	$(in_venv) OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print
 	$(in_venv) python -m pytest -q tests
 
 lab: $(stamp)  ## Open the notebooks in JupyterLab
