@@ -9,6 +9,7 @@ __all__ = ['LABELS', 'SLOTS', 'PIECES', 'ANY', 'stack', 'draw_page', 'as_layout'
 # %% ../../../nbs/05_worlds/layouts/01_grammar.ipynb #cc4cb920
 import hashlib, random, torch
 from torch import Tensor
+from ..small import counts_in
 
 # %% ../../../nbs/05_worlds/layouts/01_grammar.ipynb #83a897f5
 LABELS = 'text', 'title', 'list', 'table', 'figure' # Those of PubLayNet; numbers from 1, 0 is an empty slot
@@ -93,12 +94,8 @@ def prompt_of(layout:Tensor # `(9, 5)`
 def counts_of(prompt:str # As from `prompt_of`
              )->dict: # Label → how many, of those that are named; ValueError for other texts
     "What a prompt asks for"
-    parts = [] if prompt == ANY else [o.strip().split(' ') for o in prompt.split(',')]
-    good = all(len(o) == 2 and o[0].isdecimal() and o[1] in LABELS for o in parts)
-    counts = {o[1]: int(o[0]) for o in parts} if good else {}
-    if good and len(counts) == len(parts) and sum(counts.values()) <= SLOTS: return counts
-    raise ValueError(f"prompt: expected {ANY!r}, or up to {SLOTS} elements such as '1 title, 3 text', labels "
-                     f'{", ".join(LABELS)}; found {prompt!r:.60}')
+    expected = f"up to {SLOTS} elements such as '1 title, 3 text', labels"
+    return counts_in(prompt, LABELS, SLOTS, ANY, expected)
 
 # %% ../../../nbs/05_worlds/layouts/01_grammar.ipynb #ed1b85ce
 def held_out(prompt:str # As from `prompt_of`

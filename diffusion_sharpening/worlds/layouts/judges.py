@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from ...rewards.protocol import Reward
 from ..exam import Exam
+from ..small import AllAtOnce, as_one
 from .grammar import LABELS, SLOTS, counts_of
 from .metrics import (
     alignment, areas, in_columns, in_margins, overlap)
@@ -19,18 +20,14 @@ from .metrics import (
 def as_pages(things # What a judge was given
             )->Tensor: # Float32 `(B, 9, 5)`; ValueError for anything else
     "Pages as one tensor"
-    x = torch.stack(list(things)) if isinstance(things, (list, tuple)) and things else things
-    if torch.is_tensor(x) and x.ndim == 3 and x.shape[1:] == (SLOTS, 5): return x.float()
-    found = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
-    raise ValueError(f'pages: expected (B, {SLOTS}, 5), found {found}')
+    return as_one(things, (SLOTS, 5), 'pages').float()
 
 # %% ../../../nbs/05_worlds/layouts/07_judges.ipynb #6e334cad
-class OfPages:
+class OfPages(AllAtOnce):
     "What makes a reward one of pages"
-    def grouped(self, things) -> list:
-        "All pages at once"
-        x = as_pages(things)
-        return [(range(len(x)), x)]
+    def one(self, things) -> Tensor:
+        "Pages as one tensor"
+        return as_pages(things)
 
 # %% ../../../nbs/05_worlds/layouts/07_judges.ipynb #e779c6f7
 class Tidy(OfPages, Reward):

@@ -10,8 +10,9 @@ import torch
 from pathlib import Path
 from torch import Tensor
 from ...basics.files import write_json
-from ...maths.schedules import VP, add_noise
-from ...models.fit import fit, kept, picks, trapezoid_lr
+from ...maths.schedules import VP
+from ...models.fit import fit, kept, trapezoid_lr
+from ...models.set_model import noise_loss
 from .features import train_features
 from .grammar import page_prompts, pages, prompt_of
 from .items import conditions, to_items
@@ -29,14 +30,10 @@ def page_loss(items:Tensor, # `(n, 9, 10)`
               seed:int=0 # Of the run
              ): # `(net, k) -> scalar`
     "Loss function for `fit`: squared error of the predicted noise"
-    def loss(net, k):
-        i, g = picks(len(items), batch, seed, k)
-        order = torch.rand(items[i].shape[:2], generator=g).argsort(1)
-        x0 = items[i].gather(1, order[..., None].expand_as(items[i]))
-        eps, t = torch.randn(x0.shape, generator=g), torch.randint(SCHEDULE.T, (batch,), generator=g)
-        keep = (torch.rand(batch, 1, generator=g) >= drop).float()
-        return (net(add_noise(SCHEDULE, x0, eps, t), t, told[i]*keep) - eps).square().mean()
-    return loss
+    def shuffled(x, g):
+        order = torch.rand(x.shape[:2], generator=g).argsort(1)
+        return x.gather(1, order[..., None].expand_as(x))
+    return noise_loss(SCHEDULE, items, told, batch, drop, seed, shuffled)
 
 # %% ../../../nbs/05_worlds/layouts/10_recipe.ipynb #2a407a74
 def train_pages(work, # Folder of the run: state file and log

@@ -7,12 +7,13 @@ __all__ = ['KINDS', 'ORDERS', 'ITEM', 'HEAVY', 'ANY', 'to_items', 'to_graphs', '
            'sizes', 'conditions']
 
 # %% ../../../nbs/05_worlds/molecules/04_items.ipynb #0d034ed7
-import hashlib, random, torch
+import hashlib, torch
 from torch import Tensor
 from ...models.cond import Cond
 from .bonds import ELEMENTS
 from .graphs import parts_of
 from .qm9 import SLOTS
+from ..small import counts_in
 
 # %% ../../../nbs/05_worlds/molecules/04_items.ipynb #c5d0f004
 KINDS, ORDERS = 5, 4 # None, C, N, O, F; no bond, single, double, triple
@@ -63,12 +64,7 @@ def counts_of(
     prompt:str # As from `prompt_of`
 ) -> dict: # Element → how many, of those that are named; ValueError for other texts
     "What a prompt asks for"
-    parts = [] if prompt == ANY else [o.strip().split(' ') for o in prompt.split(',')]
-    good = all(len(o) == 2 and o[0].isdecimal() and o[1] in HEAVY for o in parts)
-    counts = {o[1]: int(o[0]) for o in parts} if good else {}
-    if good and len(counts) == len(parts) and sum(counts.values()) <= SLOTS: return counts
-    raise ValueError(f"prompt: expected {ANY!r}, or up to {SLOTS} atoms such as '4 C, 1 O', elements "
-                     f'{", ".join(HEAVY)}; found {prompt!r:.60}')
+    return counts_in(prompt, HEAVY, SLOTS, ANY, f"up to {SLOTS} atoms such as '4 C, 1 O', elements")
 
 # %% ../../../nbs/05_worlds/molecules/04_items.ipynb #b8f0c891
 def held_out(

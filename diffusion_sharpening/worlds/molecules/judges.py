@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 from ...rewards.protocol import Reward
 from ..exam import Exam
+from ..small import AllAtOnce, as_one
 from .graphs import (
     connected, graph_stable, in_rdkit, keys, parts_of, valence_stable)
 from .items import HEAVY, counted, counts_of
@@ -21,18 +22,14 @@ def as_graphs(
     things # What a judge was given
 ) -> Tensor: # int64 `(B, 7, 8)`; ValueError for anything else
     "Molecules as one tensor"
-    x = torch.stack(list(things)) if isinstance(things, (list, tuple)) and things else things
-    if torch.is_tensor(x) and x.ndim == 3 and x.shape[1:] == (SLOTS, 1 + SLOTS): return x.long()
-    found = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
-    raise ValueError(f'molecules: expected (B, {SLOTS}, {1 + SLOTS}), found {found}')
+    return as_one(things, (SLOTS, 1 + SLOTS), 'molecules').long()
 
 # %% ../../../nbs/05_worlds/molecules/07_judges.ipynb #acf5eaab
-class OfMolecules:
+class OfMolecules(AllAtOnce):
     "What makes a reward one of molecules"
-    def grouped(self, things) -> list:
-        "All molecules at once"
-        x = as_graphs(things)
-        return [(range(len(x)), x)]
+    def one(self, things) -> Tensor:
+        "Molecules as one tensor"
+        return as_graphs(things)
 
 # %% ../../../nbs/05_worlds/molecules/07_judges.ipynb #8f9cf79b
 def stable_share(

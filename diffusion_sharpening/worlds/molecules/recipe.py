@@ -9,8 +9,8 @@ __all__ = ['molecule_loss', 'new_network', 'train_molecules', 'remake']
 import torch
 from pathlib import Path
 from torch import Tensor
-from ...maths.schedules import add_noise
-from ...models.fit import fit, picks, trapezoid_lr
+from ...models.set_model import noise_loss
+from ...models.fit import fit, trapezoid_lr
 from ...models.sets import SetTransformer, save_network
 from .data import load_graphs, split_of
 from .items import conditions, prompt_of, to_items
@@ -25,14 +25,7 @@ def molecule_loss(
     seed:int=0 # Of the run
 ): # `(net, k) -> scalar`
     "Loss function for `fit`: squared error of the predicted noise"
-    schedule = MoleculeModel.schedule
-    def loss(net, k):
-        i, g = picks(len(items), batch, seed, k)
-        x0 = items[i]
-        eps, t = torch.randn(x0.shape, generator=g), torch.randint(schedule.T, (batch,), generator=g)
-        keep = (torch.rand(batch, 1, generator=g) >= drop).float()
-        return (net(add_noise(schedule, x0, eps, t), t, told[i]*keep) - eps).square().mean()
-    return loss
+    return noise_loss(MoleculeModel.schedule, items, told, batch, drop, seed)
 
 # %% ../../../nbs/05_worlds/molecules/10_recipe.ipynb #4a3a7d67
 def new_network() -> SetTransformer: # 1.1 million parameters
