@@ -1,0 +1,67 @@
+#!/usr/bin/env python
+"""What arms of an experiment make, to be looked at: data/results/looks-MODEL.json
+
+`python nbs/_dev/looks.py FOLDER… --arms 'NFT; RVM'` trains arms of experiments again, with the settings and the
+first seed they had there, checks that they measure what they measured there, and keeps the first things they
+make and what is measured on as many as are asked for. The base and the data are always among them."""
+import argparse
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+import torch
+from results import write
+from diffusion_sharpening.basics.files import read_json
+from diffusion_sharpening.evaluation.measure import measures, statistics
+from diffusion_sharpening.experiments.arms import arms_of
+from diffusion_sharpening.experiments.bed import bed_of, evaluated
+from diffusion_sharpening.experiments.compare import name_of, tuned
+
+def place(folder):
+    "Test bed, tuned arms and the records of the first seed of an experiment"
+    asked = read_json(Path(folder)/'experiment.json')['asked']
+    more = {k: asked[k] for k in ('budget', 'heldout', 'S')} | dict(eta=asked.get('eta'))
+    bed = bed_of(asked['model'], asked['reward'], also=tuple(asked['also']), **more)
+    def ready(name, arm):
+        if name == 'base': return None
+        return tuned(name, arm, bed, Path(asked.get('like') or folder)/'tries', False) if asked['tune'] else arm
+    arms = {'base': None} | arms_of(asked['experiment'], differentiable=bed.followed.differentiable)
+    there = {k: a for k, a in arms.items() if (Path(folder)/'runs'/name_of(k, 0)).exists()}
+    return {k: (bed, ready(k, a), read_json(Path(folder)/'runs'/name_of(k, 0))) for k, a in there.items()}
+
+def check(name, e, rec, reward):
+    "The run is the one of the record; ValueError"
+    then = torch.tensor(rec['scores'][reward])
+    off = (e.scores[reward][:len(then)] - then).abs().max().item()
+    if off > 1e-3: raise ValueError(f'{name}: expected the scores of the record, found a difference of {off:.3g}')
+
+def plain(x): return [[[round(v, 3) for v in row] for row in thing] for thing in x.tolist()]
+
+def seen(world, things, texts, scores):
+    "Means of all that can be measured on things, the first of them, and those that are there most often"
+    mean = lambda d: {k: v.float().mean().item() for k, v in d.items()}
+    made = Counter(str(o) for o in plain(things))
+    often = [(n, k) for k, n in made.most_common(3)]
+    return dict(scores=mean(scores), stats=mean(statistics(things, texts)), sets=world.sets(things), n=len(texts),
+                different=len(made), often=often, things=plain(things[:16]), texts=texts[:16])
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('folders', nargs='+'); p.add_argument('--arms', default='')
+    p.add_argument('--heldout', type=int, default=240, help='prompts that are measured')
+    a = p.parse_args()
+    torch.set_num_threads(1)
+    arms = {k: v for f in a.folders for k, v in place(f).items()}
+    bed = replace(arms['base'][0], heldout=a.heldout)
+    things, texts = bed.world.pairs(a.heldout, 5)
+    scores = {k: j(things, texts) for k, j in bed.judges.items()}
+    found = dict(data=seen(bed.world, things, texts, scores))
+    for name in ['base', *filter(None, map(str.strip, a.arms.split(';')))]:
+        own, arm, rec = arms[name]
+        e = evaluated(arm, replace(own, heldout=a.heldout), 0)[0]
+        check(name, e, rec, own.followed.name)
+        found[name] = seen(bed.world, e.images, e.prompts, measures(e))
+        print(name, {k: found[name][k] for k in ('scores', 'sets', 'different')}, flush=True)
+    packages = [k for k in ('rdkit', 'fcd') if k in found['base']['sets'] or 'valid' in found['base']['sets']]
+    write(f'looks-{bed.model}', dict(experiments=[Path(f).name for f in a.folders], arms=found), packages)
+
+if __name__ == '__main__': main()
