@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from ..basics.files import read_json, write_json
 from ..basics.words import brief
-from ..commands.load import base_of, output_folder, quiet
+from ..commands.load import base_of, check_sampler, output_folder, quiet
 from ..commands.provenance import provenance
 from .arms import Arm, arms_of
 from .bed import Bed, bed_of
@@ -89,6 +89,7 @@ def experiment(
     tune:bool=True, # Tune each method first, with six short runs?
     quick:bool=False, # One seed, no tuning, a quarter of the budget, 96 prompts
     also:str=None, # Further judges, with commas between them
+    eta:float=None, # Fresh noise of the sampler, 0: none; None: as the world samples
     only:str='', # Some of the arms, with semicolons between them
     like:str=None, # Folder of an experiment whose tuning is taken; None: tunes itself
     out:str=None # Folder; None: runs/NAME-MODEL
@@ -98,13 +99,14 @@ def experiment(
     if quick: budget, seeds, heldout, tune = budget/4, 1, min(heldout, 96), False
     for k, v in dict(budget=budget, seeds=seeds, heldout=heldout).items():
         if v < 1: raise ValueError(f'{k}: expected at least 1, found {v:g}')
+    check_sampler(eta=eta)
     more = tuple(k.strip() for k in also.split(',')) if also else ()
     model = base_of(model)
-    bed = bed_of(model, reward, budget=budget, heldout=heldout, also=more)
+    bed = bed_of(model, reward, budget=budget, heldout=heldout, also=more, eta=eta)
     arms = arms_of(name, only, bed.followed.differentiable)
     out = output_folder(out or f'runs/{name}-{Path(model).name}')
     asked = dict(experiment=name, model=model, reward=bed.reward, budget=budget, heldout=heldout,
-                 also=list(more), S=bed.S, tune=tune, like=like)
+                 also=list(more), S=bed.S, eta=eta, tune=tune, like=like)
     tries = like and tries_of(like, model, bed.reward)
     with locked(out):
         begin(out, asked)
