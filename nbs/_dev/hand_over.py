@@ -26,8 +26,7 @@ from diffusion_sharpening.worlds.molecules.items import ANY, to_items
 from diffusion_sharpening.worlds.world import weights, world_of
 
 S, N, K = 16, 8, 2                                     # steps; samples of a prompt, and how many are accepted
-POOL, BRANCHES = 32, 4                                 # whole samples that give ranks; continuations of a state
-SHARES = .25, .5, .75, 1.                              # of the steps: where the end of training is looked at
+POOL, BRANCHES = 32, 4                                 # samples that give ranks; continuations of a state
 
 def ranks(R, pool):
     "Of rewards `(m, B)` among those of whole samples `(n, B)`, from 0 to 1; equal ones count half"
@@ -139,13 +138,13 @@ def error(model, judge, a):
         rows.append(dict(updates=k, lost=[over_seeds(lost[:, i], 'samples') for i in range(S)],
                          rank=over_seeds(torch.stack([u for _, u in looks]) - .5)))
     start = ranks(whole(model, judge, texts, 4, 13)[1], pool).mean(0) - .5
-    return dict(accepted=len(data[0]), held=len(held[0]), batch=64, lr=a.lr, times=model.grid(S)[:-1].tolist(),
-                base=[interval(e, 'samples') for e in base], base_rank=interval(start, 'prompts'), rows=rows)
+    return dict(accepted=len(data[0]), held=len(held[0]), batch=64, lr=a.lr,
+                times=model.grid(S)[:-1].tolist(), base=[interval(e, 'samples') for e in base], base_rank=interval(start, 'prompts'), rows=rows)
 
 # The exact score, where the data are a finite set
 
 def exact_noise(schedule, x_t, t, items):
-    "The noise that is expected in states `(B, *item)` at time `t`, if each of `items` is as likely as the others"
+    "The noise that is expected in states `(B, *item)` at time `t`, if all `items` are equally likely"
     a, s = schedule.alpha_sigma(t)
     far = torch.cdist(x_t.double().flatten(1), a.double()*items.double().flatten(1)).square()
     mean = (-far/(2*s.double()**2)).softmax(1)@items.double().flatten(1)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """What arms of an experiment make, to be looked at: data/results/looks-MODEL.json
 
-`python nbs/_dev/looks.py FOLDER… --arms 'NFT; RVM'` trains arms of experiments again, with the settings and the
-first seed they had there, checks that they measure what they measured there, and keeps the first things they
-make and what is measured on as many as are asked for. The base and the data are always among them."""
+`python nbs/_dev/looks.py FOLDER… --arms 'NFT; RVM'` trains arms of experiments again, with the settings and
+the first seed they had there, checks that they measure what they measured there, and keeps the first things
+they make and what is measured on as many as are asked for. The base and the data are always among them."""
 import argparse
 from collections import Counter
 from dataclasses import replace
@@ -23,7 +23,8 @@ def place(folder):
     bed = bed_of(asked['model'], asked['reward'], also=tuple(asked['also']), **more)
     def ready(name, arm):
         if name == 'base': return None
-        return tuned(name, arm, bed, Path(asked.get('like') or folder)/'tries', False) if asked['tune'] else arm
+        tries = Path(asked.get('like') or folder)/'tries'
+        return tuned(name, arm, bed, tries, False) if asked['tune'] else arm
     arms = {'base': None} | arms_of(asked['experiment'], differentiable=bed.followed.differentiable)
     there = {k: a for k, a in arms.items() if (Path(folder)/'runs'/name_of(k, 0)).exists()}
     return {k: (bed, ready(k, a), read_json(Path(folder)/'runs'/name_of(k, 0))) for k, a in there.items()}
@@ -32,7 +33,7 @@ def check(name, e, rec, reward):
     "The run is the one of the record; ValueError"
     then = torch.tensor(rec['scores'][reward])
     off = (e.scores[reward][:len(then)] - then).abs().max().item()
-    if off > 1e-3: raise ValueError(f'{name}: expected the scores of the record, found a difference of {off:.3g}')
+    if off > 1e-3: raise ValueError(f'{name}: expected the scores of the record, found one {off:.3g} off')
 
 def plain(x): return [[[round(v, 3) for v in row] for row in thing] for thing in x.tolist()]
 
@@ -41,8 +42,8 @@ def seen(world, things, texts, scores):
     mean = lambda d: {k: v.float().mean().item() for k, v in d.items()}
     made = Counter(str(o) for o in plain(things))
     often = [(n, k) for k, n in made.most_common(3)]
-    return dict(scores=mean(scores), stats=mean(statistics(things, texts)), sets=world.sets(things), n=len(texts),
-                different=len(made), often=often, things=plain(things[:16]), texts=texts[:16])
+    return dict(scores=mean(scores), stats=mean(statistics(things, texts)), sets=world.sets(things),
+                n=len(texts), different=len(made), often=often, things=plain(things[:16]), texts=texts[:16])
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Accepting in rounds, on samples of a model: data/results/rounds-MODEL.json
 
-`python nbs/_dev/rounds.py layouts` draws many samples of a few prompts. One half says which rank a reward has;
-from the other half samples are accepted, by one rule at once, or in rounds, with a perfect learner between them:
-it samples from what was accepted. The ranks of what is accepted are compared with the formula."""
+`python nbs/_dev/rounds.py layouts` draws many samples of a few prompts. One half says which rank a reward
+has; from the other half samples are accepted, by one rule at once, or in rounds, with a perfect learner between
+them: it samples from what was accepted. The ranks of what is accepted are compared with the formula."""
 import argparse, math
 import torch
 from results import write
@@ -78,7 +78,7 @@ def main():
     rules = [dict(M=M, K=K, expected=expected(lambda u: M/K*top_shape(u, M, K)),
                   shares=bins(kept(own, M, K, n, g), pool, g)) for M, K in RULES]
     noise = apart(own, pool, lambda u: u)
-    write(f'rounds-{a.model}', dict(prompts=texts, samples=a.samples, candidates=n, different=len(own.unique()),
-                                    apart=noise, rows=rows, rules=rules))
+    found = dict(prompts=texts, samples=a.samples, candidates=n, different=len(own.unique()), apart=noise)
+    write(f'rounds-{a.model}', found | dict(rows=rows, rules=rules))
 
 if __name__ == '__main__': main()
