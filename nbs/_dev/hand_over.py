@@ -139,7 +139,8 @@ def error(model, judge, a):
                          rank=over_seeds(torch.stack([u for _, u in looks]) - .5)))
     start = ranks(whole(model, judge, texts, 4, 13)[1], pool).mean(0) - .5
     return dict(accepted=len(data[0]), held=len(held[0]), batch=64, lr=a.lr,
-                times=model.grid(S)[:-1].tolist(), base=[interval(e, 'samples') for e in base], base_rank=interval(start, 'prompts'), rows=rows)
+                times=model.grid(S)[:-1].tolist(), base=[interval(e, 'samples') for e in base],
+                base_rank=interval(start, 'prompts'), rows=rows)
 
 # The exact score, where the data are a finite set
 
