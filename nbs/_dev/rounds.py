@@ -3,7 +3,7 @@
 
 `python nbs/_dev/rounds.py layouts` draws many samples of a few prompts. One half says which rank a reward
 has; from the other half samples are accepted, by one rule at once, or in rounds, with a perfect learner
-between them: it samples from what was accepted. The ranks of what is accepted are compared with the formula."""
+between them, which samples from what was accepted. The ranks are compared with those of the formula."""
 import argparse, math
 import torch
 from results import write
