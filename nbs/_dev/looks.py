@@ -3,7 +3,8 @@
 
 `python nbs/_dev/looks.py FOLDER… --arms 'NFT; RVM'` trains arms of experiments again, with the settings and
 the first seed they had there, checks that they measure what they measured there, and keeps the first things
-they make and what is measured on as many as are asked for. The base and the data are always among them."""
+they make and what is measured on as many as are asked for. The base and the data are always among them. Beside
+that, GRAFT of the first folder against standard fine-tuning on as many samples as it accepts."""
 import argparse
 from collections import Counter
 from dataclasses import replace
@@ -12,9 +13,9 @@ import torch
 from results import write
 from diffusion_sharpening.basics.files import read_json
 from diffusion_sharpening.evaluation.measure import measures, statistics
-from diffusion_sharpening.experiments.arms import arms_of
-from diffusion_sharpening.experiments.bed import bed_of, evaluated
-from diffusion_sharpening.experiments.compare import name_of, tuned
+from diffusion_sharpening.experiments.arms import BACKWARD, arms_of
+from diffusion_sharpening.experiments.bed import bed_of, evaluated, record
+from diffusion_sharpening.experiments.compare import against, name_of, tuned
 
 def place(folder):
     "Test bed, tuned arms and the records of the first seed of an experiment"
@@ -45,6 +46,18 @@ def seen(world, things, texts, scores):
     return dict(scores=mean(scores), stats=mean(statistics(things, texts)), sets=world.sets(things),
                 n=len(texts), different=len(made), often=often, things=plain(things[:16]), texts=texts[:16])
 
+def equal(folder, arms):
+    "GRAFT, and standard fine-tuning on as many pictures as GRAFT accepts, over the seeds of an experiment"
+    bed, graft, rec = arms['GRAFT']
+    run, method = graft.made()
+    accepted, standard = rec['steps']*run.batch*method.K, arms['standard'][1]
+    few = replace(bed, budget=accepted*(1 + BACKWARD))
+    files = lambda name: sorted((Path(folder)/'runs').glob(name_of(name, '[0-9]*')))
+    there = lambda name: [read_json(f) for f in files(name)]
+    base = there('base')
+    rows = {'GRAFT': there('GRAFT'), 'standard': [record(standard, few, s) for s in range(len(base))]}
+    return dict(accepted=accepted, batch=standard.batch, arms={k: against(v, base) for k, v in rows.items()})
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('folders', nargs='+'); p.add_argument('--arms', default='')
@@ -62,7 +75,8 @@ def main():
         check(name, e, rec, own.followed.name)
         found[name] = seen(bed.world, e.images, e.prompts, measures(e))
         print(name, {k: found[name][k] for k in ('scores', 'sets', 'different')}, flush=True)
-    packages = [k for k in ('rdkit', 'fcd') if k in found['base']['sets'] or 'valid' in found['base']['sets']]
-    write(f'looks-{bed.model}', dict(experiments=[Path(f).name for f in a.folders], arms=found), packages)
+    same = equal(a.folders[0], arms)
+    packages = [p for k, p in (('valid', 'rdkit'), ('fcd', 'fcd')) if k in found['base']['sets']]
+    write(f'looks-{bed.model}', dict(experiments=[Path(f).name for f in a.folders], arms=found, equal=same), packages)
 
 if __name__ == '__main__': main()
