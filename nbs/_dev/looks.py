@@ -3,8 +3,8 @@
 
 `python nbs/_dev/looks.py FOLDER… --arms 'NFT; RVM'` trains arms of experiments again, with the settings and
 the first seed they had there, checks that they measure what they measured there, and keeps the first things
-they make and what is measured on as many as are asked for. The base and the data are always among them. Beside
-that, GRAFT of the first folder against standard fine-tuning on as many samples as it accepts."""
+they make and what is measured on as many as are asked for. The base and the data are always among them.
+Beside that, GRAFT of the first folder against standard fine-tuning on as many samples as it accepts."""
 import argparse
 from collections import Counter
 from dataclasses import replace
@@ -77,6 +77,7 @@ def main():
         print(name, {k: found[name][k] for k in ('scores', 'sets', 'different')}, flush=True)
     same = equal(a.folders[0], arms)
     packages = [p for k, p in (('valid', 'rdkit'), ('fcd', 'fcd')) if k in found['base']['sets']]
-    write(f'looks-{bed.model}', dict(experiments=[Path(f).name for f in a.folders], arms=found, equal=same), packages)
+    where = [Path(f).name for f in a.folders]
+    write(f'looks-{bed.model}', dict(experiments=where, arms=found, equal=same), packages)
 
 if __name__ == '__main__': main()
