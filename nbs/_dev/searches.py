@@ -65,13 +65,14 @@ def part(a, model, name, search, judge, k, seed):
                 exam=exam.tolist(), strict=all_hold(exam).tolist(), clip=clip.tolist())
 
 def file_of(a, name, k, seed):
+    if name == SHARP: name = f'{SHARP} {a.batches}'
     return parts/f"{a.n}-{a.S}-{name.replace(', ', '-').replace(' ', '_')}-{k}-{seed}.json"
 
 def order(a):
     "Budget, seed and name of every part: the sharpened models, then small budgets first"
     seeds = range(a.seeds)
-    sharp = [(k, s, SHARP) for s in seeds for k in BUDGETS]
-    return sharp + [(k, s, name) for k in BUDGETS for s in seeds for name in NAMES if name != SHARP]
+    sharp = [(k, s, SHARP) for s in seeds for k in BUDGETS if k <= 8]
+    return sharp + [(k, s, name) for k in BUDGETS for s in seeds for name in NAMES]
 
 def run(a):
     "Make what is missing"
