@@ -42,10 +42,10 @@ def place(folder):
     return {k: (bed, ready(k, a), read_json(Path(folder)/'runs'/name_of(k, 0))) for k, a in there.items()}
 
 def check(name, e, rec, reward):
-    "How far the mean score is from that of the record, which is another order of sums away; ValueError if far"
+    "How far the mean score is from that of the record; ValueError if far"
     then = torch.tensor(rec['scores'][reward])
     off = (e.scores[reward][:len(then)].mean() - then.mean()).abs().item()
-    if off > .1*then.std(): raise ValueError(f'{name}: expected the scores of the record, found {off:.3g} more')
+    if off > .1*then.std(): raise ValueError(f'{name}: expected the scores of the record, found {off:.3g} off')
     return off
 
 def plain(x): return [[[round(v, 3) for v in row] for row in thing] for thing in x.tolist()]
