@@ -45,7 +45,8 @@ def check(name, e, rec, reward):
     "How far the mean score is from that of the record; ValueError if far"
     then = torch.tensor(rec['scores'][reward])
     off = (e.scores[reward][:len(then)].mean() - then.mean()).abs().item()
-    if off > .1*then.std(): raise ValueError(f'{name}: expected the scores of the record, found {off:.3g} off')
+    if off > .1*then.std():
+        raise ValueError(f'{name}: expected the scores of the record, found them {off:.3g} off')
     return off
 
 def plain(x): return [[[round(v, 3) for v in row] for row in thing] for thing in x.tolist()]
