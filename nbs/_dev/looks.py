@@ -2,7 +2,7 @@
 """What arms of an experiment make, to be looked at: data/results/looks-MODEL.json
 
 `python nbs/_dev/looks.py FOLDER… --arms 'NFT; RVM'` trains arms of experiments again, with the settings and
-the first seed they had there, and keeps the first things they make and what is measured on as many as are asked
+the first seed they had there, and keeps the first things they make and what is measured on as many as asked
 for. A long training at a high rate can end elsewhere when sums are taken in another order; how far the mean
 reward is from that of the record is kept too. The base and the data are always among them.
 Beside that, GRAFT of the first folder against standard fine-tuning on as many samples as it accepts."""
