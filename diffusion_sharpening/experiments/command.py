@@ -21,7 +21,7 @@ from ..training.folder import locked
 # %% ../../nbs/14_experiments/14_command.ipynb #99b38ca5
 def begin(out:Path, # Folder of the experiment
           asked:dict # What its runs hang on, fit for JSON
-         )->None: # `ValueError` names the first thing that differs from what is there
+         )->str: # Commit at which it was begun; `ValueError` names the first thing that is not as there
     "Write down what is asked for, or check that the folder holds the same"
     file, now = out/'experiment.json', provenance()
     if not file.exists():
@@ -35,6 +35,7 @@ def begin(out:Path, # Folder of the experiment
     if was['git_commit'] != now['git_commit']:
         old, new = (str(o['git_commit'])[:7] for o in (was, now))
         warnings.warn(f'{out} was begun at commit {old}, this is {new}')
+    return was['git_commit']
 
 # %% ../../nbs/14_experiments/14_command.ipynb #5f43a6b5
 def runs_of(arms:dict, seeds:int, tune:bool # As for `experiment`
@@ -109,10 +110,10 @@ def experiment(
                  also=list(more), S=bed.S, eta=eta, tune=tune, like=like)
     tries = like and tries_of(like, model, bed.reward)
     with locked(out):
-        begin(out, asked)
+        begun = begin(out, asked)
         words = _Said(bed, arms, seeds, tune and not like)
         found = compared(arms, bed, list(range(seeds)), out, tune, words, tries)
-        rep = dict(asked=asked, exam=bed.world.exam.name, followed=bed.followed.name, arms=found)
+        rep = dict(asked=asked, begun=begun, exam=bed.world.exam.name, followed=bed.followed.name, arms=found)
         write_json(out/'results.json', rep | provenance())
         write_figures(found, bed, out)
     return rep | dict(out=str(out))
