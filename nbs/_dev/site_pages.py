@@ -173,8 +173,8 @@ def shown(c, page, links, heading, prose):
     pictures = any('image/png' in o.get('data', {}) for o in c.outputs)
     alt = alternative(c, page, heading, prose) if pictures else ''
     c.source = bare(c)
-    if heading == EXERCISES: folded(c, 'The answers, computed', 'hide-cell')
-    elif imports_only(c.source): folded(c, 'Imports')
+    if imports_only(c.source): folded(c, 'Imports')
+    elif heading == EXERCISES: folded(c, 'The answers, computed', 'hide-cell')
     elif not c.outputs and checks_only(c.source): folded(c, 'Checks')
     elif pictures and c.source.count('\n') >= LONG: folded(c, 'Code of the figure')
     if pictures: c.metadata.setdefault('mystnb', {})['image'] = dict(alt=alt)
