@@ -137,10 +137,11 @@ class Job:
 # %% ../../nbs/13_commands/08_job.ipynb #95d7403f
 def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:str, heldout:int,
            heldout_prompts:str, S_eval:int, changes:dict, px:int=None, guidance:float=None,
-           variant:str=None, vae:str=None # All as for `train`
+           variant:str=None, vae:str=None, # All as for `train`
+           eta:float=None # Fresh noise of each step; None: as for `load_model`
           )->Job: # ValueError for what cannot be
     "Load everything that a run needs"
-    check_sampler(guidance, S_eval=S_eval)
+    check_sampler(guidance, eta, S_eval=S_eval)
     run, made = settings(method, preset, **changes)
     world, n, own = world_of(model), heldout_number(heldout, model), own_pairs(made, images)
     if run.validate_every and not n:
@@ -150,7 +151,7 @@ def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:st
         raise ValueError(f'images: {method} ({preset}) learns from {what}; name them with --images')
     texts = None if own else prompts_of(prompts, heldout_prompts, n, run.seed)
     judge = load_reward(reward, world and world.name)
-    d = load_model(model, guidance, None, run.precision, px, variant, vae)
+    d = load_model(model, guidance, None, run.precision, px, variant, vae, eta)
     pairs = _opened(d, images, run) if own else images or world and world.name
     train_on, held, split = texts or prompts_of(prompts, heldout_prompts, n, run.seed, pairs.captions, images)
     got = check_plan(d, method, preset, changes, len(held), S_eval, vae)

@@ -26,7 +26,7 @@ from ..names.catalog import entry, packages
 from ..names.grammar import parse_spec
 from ..training.advice import advice
 from ..training.callbacks import (
-    Alarms, KeepBest, Log, Progress, Timer, Tracker, Validate, WinRate)
+    Alarms, KeepBest, Log, Progress, Timer, Tracker, Validate, WinRate, unlearnt)
 from ..training.folder import first_process, read_report, read_run, sums, taken
 from ..training.loop import Callback, train as fit
 from ..training.plan import Plan, plan as planned, units_of
@@ -194,7 +194,8 @@ def report_of(job:Job, s, # What was run; `State` of the loop at its end
     if job.run.keep_best: rep['kept_batch'] = max([r['step'] for r in s.history if r.get('kept')], default=0)
     if hasattr(job.source, 'held'): rep['win_rate'] = s.history[-1].get('held-out/win_rate')
     if before: rep |= compared(before, after)
-    rang = suspicions(before, after, job.judge.name) if before else []
+    rang = [*filter(None, [unlearnt(s.history)])]
+    if before: rang += suspicions(before, after, job.judge.name)
     rep['alarms'] = dict(watched=watched(s.history), rang=rang)
     parts = getattr(job.judge, 'rewards', [job.judge])
     return rep | dict(judges={r.name: r.report() for r in parts if hasattr(r, 'report')})

@@ -31,6 +31,7 @@ class Bed:
     also: tuple = () # Names of further judges
     split: str = 'heldout' # Of the prompts that are measured
     S: int = 20 # Sampler steps of what is measured
+    eta: float = None # Fresh noise of each step, in training too; None: as the world samples
 
     @cached_property
     def world(self):
@@ -69,7 +70,7 @@ def searched(arm:Searched, # A search
              bed:Bed, seed:int # Where, and the seed of the start noise
             )->Evaluation:
     "What a search finds for the prompts of a test bed"
-    model, texts, find = load_model(bed.model), bed.prompts, SEARCHES[arm.search]
+    model, texts, find = load_model(bed.model, eta=bed.eta), bed.prompts, SEARCHES[arm.search]
     seeds, found = start_seeds(seed, len(texts)), []
     for i in range(0, len(texts), 8):
         own = slice(i, i + 8)
@@ -90,7 +91,8 @@ def learnt(arm:Arm, # A method
     run, method = arm.made(seed=seed)
     steps = steps_for(bed.budget, run, method)
     changes = dict(lr=arm.lr, batch=arm.batch, steps=steps, seed=seed, checkpoint_every=0, **arm.own)
-    job = job_of(arm.method, bed.model, bed.reward, bed.world.name, None, arm.preset, 2, None, bed.S, changes)
+    job = job_of(arm.method, bed.model, bed.reward, bed.world.name, None, arm.preset, 2, None, bed.S, changes,
+                 eta=bed.eta)
     watch = Validate(bed.prompts[:96], judges(job.judge, bed.prompts, bed.model), max(1, steps//LOOKS), bed.S)
     s = train(job.model, job.method, job.judge, job.source, job.run, [watch])
     e = evaluate(job.method.deployed(job.model, bed.S), bed.prompts, bed.judges, bed.S, seed=seed)
@@ -113,7 +115,7 @@ def evaluated(arm, # None (the base), `Arm` or `Searched`
     "What an arm makes of the prompts of a test bed"
     if isinstance(arm, Arm): return learnt(arm, bed, seed)
     if isinstance(arm, Searched): return searched(arm, bed, seed), {}
-    return evaluate(load_model(bed.model), bed.prompts, bed.judges, bed.S, seed=seed), {}
+    return evaluate(load_model(bed.model, eta=bed.eta), bed.prompts, bed.judges, bed.S, seed=seed), {}
 
 # %% ../../nbs/14_experiments/11_bed.ipynb #387dff51
 def record(arm, # None (the base), `Arm` or `Searched`

@@ -43,12 +43,16 @@ def best_try(rows:list, # Records of tries
 # %% ../../nbs/14_experiments/12_compare.ipynb #3d0f3035
 def tuned(name:str, arm:Arm, # To tune
           bed:Bed, # Where it will be compared
-          folder:Path # For the tries
+          folder:Path, # For the tries
+          make:bool=True # Make those that are missing? Else `ValueError`
          )->Arm:
     "An arm with the settings that measured best in six tries at most"
     small = replace(bed, budget=bed.budget/3, heldout=min(96, bed.heldout), split='train')
     exam, reward = bed.world.exam.name, bed.followed.name
-    run = lambda label, a: kept(folder/name_of(label, TUNING), lambda: record(a, small, TUNING))
+    def run(label, a):
+        file = folder/name_of(label, TUNING)
+        if not (make or file.exists()): raise ValueError(f'like: expected the try {file.name} in {folder}')
+        return kept(file, lambda: record(a, small, TUNING))
     base = run('base', None)
     def choose(arms):
         rows = [run(f'{name} {k}', a) for k, a in arms.items()]
@@ -81,18 +85,21 @@ def compared(arms:dict, # Name → `Arm` or `Searched`
              seeds:list, # Of the runs
              folder:Path, # For the records
              tune:bool=True, # Tune the arms that learn first?
-             done=lambda name, rec: None # Called after each run with its name and record
-            )->dict: # Name → as from `against`; the base is one of them
+             done=lambda name, rec: None, # Called after each run with its name and record
+             tries:Path=None # Folder of the tries of another experiment to go by; None: its own
+            )->dict: # Name → as from `against`, and the settings it `took`; the base is one of them
     "Run all arms with all seeds, and compare them with the base"
     for d in (folder/'runs', folder/'tries'): d.mkdir(parents=True, exist_ok=True)
     def run(name, arm, seed):
         rec = kept(folder/'runs'/name_of(name, seed), lambda: record(arm, bed, seed))
         done(name, rec)
         return rec
-    learns = lambda a: tune and isinstance(a, Arm)
-    arms = {k: tuned(k, a, bed, folder/'tries') if learns(a) else a for k, a in arms.items()}
+    learns = {k for k, a in arms.items() if isinstance(a, Arm)}
+    by = dict(folder=tries or folder/'tries', make=not tries)
+    arms = {k: tuned(k, a, bed, **by) if tune and k in learns else a for k, a in arms.items()}
     found = {}
     for seed in seeds:                                   # all arms with a seed, then the next
         for name, arm in {'base': None, **arms}.items():
             found.setdefault(name, []).append(run(name, arm, seed))
-    return {k: against(v, found['base']) for k, v in found.items()}
+    took = {k: dict(took=dict(lr=arms[k].lr) | arms[k].own) if k in learns else {} for k in found}
+    return {k: against(v, found['base']) | took[k] for k, v in found.items()}

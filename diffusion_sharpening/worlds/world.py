@@ -119,7 +119,8 @@ WORLDS = dict(
                     pairs=lambda n, seed=0: molecule_pairs(_molecules_of('train'), n, seed),
                     models=dict(molecules='molecules-model'), load=MoleculeModel.from_pretrained,
                     rewards=dict(stable='worlds.molecules.judges:Stable', qed='worlds.molecules.judges:QED'),
-                    stats=_molecule_stats, sets=lambda x: molecule_sets(x, _molecules_of('train'))))
+                    stats=_molecule_stats,
+                    sets=lambda x: molecule_sets(x, *map(_molecules_of, ('train', 'heldout')))))
 
 # %% ../../nbs/05_worlds/01_world.ipynb #2fff522e
 def world_of(model:str # Name of an embedded model, or the folder of its weights

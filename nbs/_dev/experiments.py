@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Run `sharpen experiment` and keep what it came to as data/results/NAME-MODEL.json:
+"""Run `sharpen experiment` and keep what it came to as data/results/NAME-MODEL.json, with `--eta 0` as
+NAME-MODEL-eta0.json:
 `python nbs/_dev/experiments.py NAME [options of sharpen experiment]`"""
 import sys
 import torch
@@ -13,7 +14,8 @@ def main():
     a.pop('json', None)
     rep = experiment(**a)
     print(said(rep))
-    name = f"{rep['asked']['experiment']}-{rep['asked']['model']}"
+    name, eta = f"{rep['asked']['experiment']}-{rep['asked']['model']}", rep['asked']['eta']
+    if eta is not None: name += f'-eta{eta:g}'
     write(name, {k: v for k, v in rep.items() if k != 'out'})
 
 if __name__ == '__main__': main()
