@@ -17,7 +17,7 @@ from .loading import dtype_of, load_pipeline, load_vae
 from .learner import Learner
 from .policies import Policies
 from .schedulers import (
-    few_steps_line, is_flow, path_of, scheduler_line, times_of)
+    few_steps_line, is_flow, path_of, scheduler_line)
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #296d813c
 class Denoiser(Learner):
@@ -42,6 +42,10 @@ class Denoiser(Learner):
         self.schedule, flow, cfg = path_of(pipe.scheduler), is_flow(pipe.scheduler), pipe.scheduler.config
         self.kind = 'flow' if flow else cfg.prediction_type
         self.ticks = cfg.num_train_timesteps if flow else 1  # what the network calls the time 1
+        self.told = self.family.told(pipe)
+        if self.told and negative:
+            raise ValueError(f'negative: this {self.family.title} is told its guidance as a number; it has '
+                             'no negative prompt')
         for line in (scheduler_line(pipe), few_steps_line(pipe)):
             if line: warnings.warn(line, stacklevel=2)
         self.cache, self.memo, self.cut_said = Features(), None, False
@@ -67,14 +71,14 @@ class Denoiser(Learner):
 # %% ../../nbs/03_models/12_denoiser.ipynb #6c936f72
 @patch
 def _resize(self:Denoiser, size):  # Picture size in pixels and shape of latents
-    f, net = self.pipe.vae_scale_factor, self.network.config
-    made = net.sample_size                          # a number, or height and width
+    f = self.pipe.vae_scale_factor
+    channels, made, p = self.family.layout(self.pipe)    # `made`: a number, or height and width
     if size is None: size = [o*f for o in made] if isinstance(made, (list, tuple)) else made*f
     self.size = h, w = (size, size) if isinstance(size, int) else tuple(size)
     if h % f or w % f or not 1 <= min(h, w) <= max(h, w) <= 16_384:
         raise ValueError(f'size: expected multiples of {f} pixels up to 16,384, found {h:,} x {w:,}')
-    self.item = net.in_channels, h//f, w//f
-    if (p := net.get('patch_size')) and (self.item[1] % p or self.item[2] % p):
+    self.item = channels, h//f, w//f
+    if p and (self.item[1] % p or self.item[2] % p):
         raise ValueError(f'size: expected multiples of {f*p} pixels, found {h} x {w}')
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #2404ef13
@@ -99,8 +103,8 @@ def blind(self:Denoiser) -> bool:
 @patch(as_prop=True)
 def multiple(self:Denoiser) -> int:
     "Pixels that the sides of a picture should be a multiple of"
-    cfg = self.network.config
-    halved = cfg.get('patch_size') or 2**(len(cfg.get('block_out_channels', [0])) - 1)
+    patch, cfg = self.family.layout(self.pipe)[2], self.network.config
+    halved = patch or 2**(len(cfg.get('block_out_channels', [0])) - 1)
     return self.pipe.vae_scale_factor*halved
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #f505c341
@@ -183,12 +187,19 @@ def say_cut(self:Denoiser,
     self._warn_of_cuts(list(dict.fromkeys(prompts)))
     self.cut_said = True
 
+# %% ../../nbs/03_models/12_denoiser.ipynb #84170b87
+@patch(as_prop=True)
+def cost(self:Denoiser) -> int:
+    "Network evaluations per item and prediction: 1, or 2 with guidance that the network is not told"
+    return 1 if self.told or self.guidance == 1 else 2
+
 # %% ../../nbs/03_models/12_denoiser.ipynb #cc171454
 @patch
 def _inputs(self:Denoiser, cond, n):  # What the network is told about `n` images, but for latents and times
-    key = n, self.cost, self.negative
+    key = n, self.cost, self.negative, self.told and self.guidance
     if self.memo and self.memo[0] is cond and self.memo[1] == key: return self.memo[2]
     c = cond.repeat(n//len(cond))
+    if self.told: c = Cond(**c.tensors, guidance=torch.full((n,), self.guidance, device=self.device))
     if self.cost == 2:
         neg = self.unconditional()
         neg = Cond(**{k: neg[k].expand_as(v) if k in neg else v for k, v in c.items()})
@@ -321,5 +332,5 @@ def grid(self:Denoiser,
     S:int # Sampler steps
 ) -> Tensor: # `(S+1,)`, from noise to the clean end
     "The times of an `S`-step sampler, spaced as the model's scheduler config says"
-    p = self.network.config.get('patch_size')
-    return times_of(self.pipe.scheduler, S, p and self.item[1]*self.item[2]//p**2)
+    p = self.family.layout(self.pipe)[2]
+    return self.family.times(self.pipe.scheduler, S, p and self.item[1]*self.item[2]//p**2)

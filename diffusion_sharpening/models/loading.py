@@ -135,7 +135,8 @@ def check_scales(
 ):
     "Are the numbers that scale latents, sizes and times of a pipeline such numbers?"
     part = 'unet' if getattr(pipe, 'unet', None) else 'transformer'
-    scale, size = pipe.vae.config.scaling_factor, getattr(pipe, part).config.sample_size
+    scale, cfg = pipe.vae.config.scaling_factor, getattr(pipe, part).config
+    size = cfg.get('sample_size', 1)                 # the network of FLUX has none
     if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f'model: {name}: vae: scaling_factor: expected a number above 0, '
                          f'found {brief(scale)}')

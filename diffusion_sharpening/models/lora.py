@@ -26,14 +26,14 @@ def open_lora(
         raise ValueError(f'LoRA: {file} is not a complete safetensors file ({e})') from None
 
 # %% ../../nbs/03_models/05_lora.ipynb #be0338c2
-_entry = re.compile(r'(?:unet\.)?(?P<layer>.+?)\.(?:lora_(?P<new>A|B)\.weight'
+_entry = re.compile(r'(?:unet\.|transformer\.)?(?P<layer>.+?)\.(?:lora_(?P<new>A|B)\.weight'
                     r'|lora(?:_linear_layer)?\.(?P<old>down|up)\.weight|(?P<alpha>alpha))')
-_foreign = 'lora_', 'text_encoder', 'transformer.', 'base_model.'  # Other layouts, and other networks
+_foreign = 'lora_', 'text_encoder', 'base_model.'  # Other layouts, and other networks
 
 def entry_of(
     name:str # Of a matrix in a file
 ) -> tuple: # Layer, and A, B or alpha; None for what is not part of a plain LoRA
-    "Which matrix of which layer of a U-Net a name stands for"
+    "Which matrix of which layer of a network a name stands for"
     name = re.sub(r'\.processor\.(to_\w+)_lora\.', r'.\1.lora.', name)
     name = name.replace('.to_out.lora.', '.to_out.0.lora.')
     found = None if name.startswith(_foreign) else _entry.fullmatch(name)
@@ -42,7 +42,8 @@ def entry_of(
 
 # %% ../../nbs/03_models/05_lora.ipynb #a5a5f058
 def _refuse(path, odd, layers):  # Why `odd` names of a file cannot be used
-    name = next((k for k in odd if any(k.removeprefix('unet.').startswith(f'{o}.') for o in layers)), None)
+    bare = {k: k.removeprefix('unet.').removeprefix('transformer.') for k in odd}
+    name = next((k for k in odd if any(bare[k].startswith(f'{o}.') for o in layers)), None)
     if name:
         why = f'found {name}, which is not part of a plain LoRA (DoRA, LoCon, a bias) and cannot be applied'
     elif odd and odd[0].startswith('text_encoder'):
@@ -86,7 +87,7 @@ def header_of(
     try: head = json.loads(meta.get('lora_adapter_metadata') or '{}')
     except ValueError: head = None
     if not isinstance(head, dict): raise ValueError(f'LoRA: {path}: its header is not readable')
-    head = {k.removeprefix('unet.'): v for k, v in head.items() if k.startswith('unet.')}
+    head = {k.partition('.')[2]: v for k, v in head.items() if k.startswith(('unet.', 'transformer.'))}
     odd = [k for k, v in head.items() if v and k not in _read | _training and v not in _plain.get(k, ())]
     if odd:
         raise ValueError(f'LoRA: {path}: {odd[0]}={head[odd[0]]!r} in its header cannot be applied exactly')

@@ -8,6 +8,7 @@ __all__ = ['SIZES', 'EXACT', 'SETTINGS', 'own', 'is_flow', 'path_of', 'shift_of'
 
 # %% ../../nbs/03_models/10_schedulers.ipynb #d95ea448
 import copy, inspect
+from torch import Tensor
 from ..maths.samplers import flow_grid, time_grid
 from ..maths.schedules import VP, Flow, from_diffusers
 
@@ -51,7 +52,8 @@ def shift_of(
 def times_of(
     scheduler, # A diffusers scheduler
     S:int, # Sampler steps
-    tokens:int=None # Patches of a picture, for times that depend on its size
+    tokens:int=None, # Patches of a picture, for times that depend on its size
+    start:Tensor=None # Times `(S,)` of a flow before any shift; None: the scheduler's own
 ): # Tensor `(S+1,)` from noise to the clean end: integers, or floats in [0, 1] for a flow
     "The times a sampler of `S` steps visits"
     cfg = own(scheduler)
@@ -61,7 +63,8 @@ def times_of(
     dynamic = cfg.get('use_dynamic_shifting')
     if S < 1 or dynamic and tokens is None or not hasattr(scheduler, 'sigmas'): return flow_grid(S)
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(S, **dict(mu=shift_of(cfg, tokens)) if dynamic else {})
+    given = {} if start is None else dict(sigmas=start.tolist())
+    scheduler.set_timesteps(S, **given, **dict(mu=shift_of(cfg, tokens)) if dynamic else {})
     return scheduler.sigmas.float().cpu()
 
 # %% ../../nbs/03_models/10_schedulers.ipynb #3b9891c1

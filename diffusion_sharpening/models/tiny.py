@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['byte_symbols', 'learn_merges', 'make_tokenizer', 'make_text_encoder', 'make_vae', 'tiny_vae', 'make_unet',
-           'tiny_sdxl', 'tiny_sd', 'make_t5', 'tiny_sd3']
+           'tiny_sdxl', 'tiny_sd', 'make_t5', 'tiny_sd3', 'tiny_flux']
 
 # %% ../../nbs/03_models/02_tiny.ipynb #1f29a9f3
 import json, math, re, tempfile
@@ -264,5 +264,30 @@ def tiny_sd3(
             vae=make_vae((8, 8, 8, 8), 1, 4, 8*sample_size, 1.5305, .0609),
             text_encoder=encs[0], tokenizer=toks[0], text_encoder_2=encs[1], tokenizer_2=toks[1],
             text_encoder_3=enc, tokenizer_3=tok)
+        pipe.save_pretrained(dir)
+    return pipe
+
+# %% ../../nbs/03_models/02_tiny.ipynb #ff154d60
+def tiny_flux(
+    dir, # Folder to save the pipeline to
+    words:list=None, # Words that are one token each for the CLIP; none: single characters
+    layers:int=1, # Blocks of each of the two kinds
+    guided:bool=True, # Is the network told the guidance, as FLUX.1-dev is?
+    seed:int=0, # Seed of the random weights
+    **flow # Settings of the scheduler, such as `shift` or `use_dynamic_shifting`
+): # `FluxPipeline`, saved in `dir`
+    "A `FluxPipeline` with random weights; its pictures are of 1024 pixels unless another size is asked for"
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as tmp:
+        torch.manual_seed(seed)
+        tok, (tok2, enc2) = make_tokenizer(tmp, words, 16), make_t5(48)
+        net = FluxTransformer2DModel(
+            in_channels=16, num_layers=layers, num_single_layers=layers, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=48, pooled_projection_dim=16, guidance_embeds=guided,
+            axes_dims_rope=(4, 6, 6)).eval()
+        pipe = FluxPipeline(
+            transformer=net, scheduler=FlowMatchEulerDiscreteScheduler(**dict(shift=3.) | flow),
+            vae=make_vae((8, 8, 8, 8), 1, 4, 64, .3611, .1159), text_encoder=make_text_encoder(tok, 16),
+            tokenizer=tok, text_encoder_2=enc2, tokenizer_2=tok2)
         pipe.save_pretrained(dir)
     return pipe
