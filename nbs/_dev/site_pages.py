@@ -1,5 +1,5 @@
 "From notebooks to pages: cells as MyST-NB wants them, links between pages, alternative texts of pictures"
-import ast, os, re
+import ast, base64, io, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import AttrDict
@@ -129,6 +129,12 @@ def alternative(cell, page, heading, prose):
     text = '. '.join(t.rstrip('.:') for t in [f'{kind}: {where}', drawn, said] if t)
     return text[:400].replace('"', "'") + '.'
 
+def is_drawing(png, source):
+    "Is this picture lines and letters on a white ground, whose colours may be turned in the dark?"
+    from PIL import Image
+    im = Image.open(io.BytesIO(base64.b64decode(''.join(png)))).convert('L')
+    return im.histogram()[255] > .6*im.width*im.height and 'imshow' not in source
+
 def checks_only(source):
     "Is this a cell of many checks and nothing to look at?"
     tree = parsed(source)
@@ -170,14 +176,16 @@ def shown(c, page, links, heading, prose):
     for o in c.outputs:
         if md := o.get('data', {}).get('text/markdown'):
             o.data['text/markdown'] = links.text(''.join(md), page)
-    pictures = any('image/png' in o.get('data', {}) for o in c.outputs)
+    pictures = [p for o in c.outputs if (p := o.get('data', {}).get('image/png'))]
     alt = alternative(c, page, heading, prose) if pictures else ''
     c.source = bare(c)
     if imports_only(c.source): folded(c, 'Imports')
     elif heading == EXERCISES: folded(c, 'The answers, computed', 'hide-cell')
     elif not c.outputs and checks_only(c.source): folded(c, 'Checks')
     elif pictures and c.source.count('\n') >= LONG: folded(c, 'Code of the figure')
-    if pictures: c.metadata.setdefault('mystnb', {})['image'] = dict(alt=alt)
+    if pictures:
+        kind = 'drawing' if all(is_drawing(p, c.source) for p in pictures) else 'picture'
+        c.metadata.setdefault('mystnb', {})['image'] = dict(alt=alt, classes=kind)
     return [c]
 
 def origin(page, package):
