@@ -66,8 +66,9 @@ def gallery(pages, made):
     for i, p in enumerate(pages):
         if not (found := first_picture(made[p.path])): continue
         thumbnail(''.join(found[0]), site/'reference'/'pictures'/f'{i}.png')
-        parts.append(f'<a href="../{p.out.as_posix()}.html"><img src="pictures/{i}.png" '
-                     f'class="{found[2]}" alt="{escaped(found[1])}" loading="lazy"><span>{escaped(p.title)}</span></a>')
+        image = f'class="{found[2]}" alt="{escaped(found[1])}" loading="lazy"'
+        parts.append(f'<a href="../{p.out.as_posix()}.html"><img src="pictures/{i}.png" {image}>'
+                     f'<span>{escaped(p.title)}</span></a>')
     return '\n\n'.join(parts[:2]) + '\n\n' + '\n'.join(parts[2:]) + '\n</div>\n'
 
 def escaped(text): return text.replace('&', '&amp;').replace('"', '&quot;').replace('<', '&lt;')

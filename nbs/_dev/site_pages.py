@@ -8,6 +8,7 @@ from site_api import anchor, definitions, document, imported, name_of, parsed, p
 
 LONG = 15                                          # lines of code that are shown without a fold
 CHECKS = 8                                         # lines of checks that are shown without a fold
+EXERCISES = 'Exercises'                            # the heading below which all code is folded
 checking = re.compile(r'test_\w+|assert_\w+|check_\w+')
 
 # code, directives, rows of tables, formulas and links, in which no name is linked
@@ -147,8 +148,8 @@ def imports_only(source):
     tree = parsed(source)
     return bool(tree and tree.body) and all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in tree.body)
 
-def folded(c, prompt):
-    c.metadata.tags.append('hide-input')
+def folded(c, prompt, tag='hide-input'):
+    c.metadata.tags.append(tag)
     c.metadata.mystnb = dict(code_prompt_show=prompt, code_prompt_hide=prompt)
 
 def exported(c, page, links):
@@ -179,6 +180,7 @@ def shown(c, page, links, heading, prose):
     alt = alternative(c, page, heading, prose) if pictures else ''
     c.source = bare(c)
     if imports_only(c.source): folded(c, 'Imports')
+    elif heading == EXERCISES: folded(c, 'The answers, computed', 'hide-cell')
     elif not c.outputs and checks_only(c.source): folded(c, 'Checks')
     elif pictures and c.source.count('\n') >= LONG: folded(c, 'Code of the figure')
     if pictures:
