@@ -9,7 +9,6 @@ __all__ = ['GUIDANCE', 'method_settings', 'asks', 'method_said', 'methods', 'set
 # %% ../../nbs/13_commands/13_lists.ipynb #e6c9f54d
 import json
 from ..basics.console import columns
-from ..basics.files import finite
 from ..basics.settings import settings_table
 from ..methods.catalog import METHODS, PRESETS, presets
 from ..names.catalog import USES, usable
