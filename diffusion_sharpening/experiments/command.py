@@ -15,7 +15,7 @@ from ..commands.provenance import provenance
 from .arms import Arm, arms_of
 from .bed import Bed, bed_of
 from .compare import compared
-from .show import comparison_table, draw_changes, draw_learning
+from .show import comparison_table, draw_changes, draw_learning, draw_trade
 from ..training.folder import locked
 
 # %% ../../nbs/14_experiments/14_command.ipynb #99b38ca5
@@ -62,7 +62,7 @@ def write_figures(found:dict, # From `compared`
                  )->None:
     "Write the figures of an experiment as SVG and PNG"
     exam, own = bed.world.exam.name, bed.followed.name
-    figs = dict(changes=draw_changes(found, [own, exam], exam))
+    figs = dict(changes=draw_changes(found, [own, exam], exam), trade=draw_trade(found, own, exam))
     if any(o.get('curve') for o in found.values()): figs['learning'] = draw_learning(found, [own, exam], exam)
     for name, fig in figs.items():
         for kind in ('svg', 'png'): fig.savefig(out/f'{name}.{kind}', dpi=120)
