@@ -6,6 +6,8 @@ import pytest, torch
 from safetensors.torch import load_file
 
 pytest.importorskip('diffusers')
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'nbs'/'_dev'))
+from attacking import Child
 from diffusion_sharpening.models.lora import lora_file
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.training.checkpoints import checkpoints, load_checkpoint
@@ -34,7 +36,17 @@ def command(xl, out, *more, steps=3, batch=4, method='rlhf', **settings):
                              *more, '--set', *pairs)]
 
 
-def run(cmd): return subprocess.run(cmd, env=ENV, capture_output=True, text=True, timeout=240)
+def started(cmd):
+    "A command line in a fork of this process, which has imported what it needs"
+    return Child(*cmd[len(SHARPEN):], env=ENV)
+
+
+def run(cmd):
+    "How a command line ends"
+    if cmd[:len(SHARPEN)] != SHARPEN:
+        return subprocess.run(cmd, env=ENV, capture_output=True, text=True, timeout=240)
+    r = started(cmd).end(240)
+    return subprocess.CompletedProcess(cmd, r.code, r.out, r.err)
 
 
 def many(n, cmd):
@@ -141,15 +153,15 @@ def test_batch_that_cannot_be_shared(xl):
 @pytest.mark.parametrize('sig', [signal.SIGTERM, signal.SIGINT])
 def test_signal_saves_and_says_how_to_go_on(xl, alone, sig):
     out = xl/f'signal{sig}'
-    p = subprocess.Popen(command(xl, out, steps=400), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                         text=True)
+    p = started(command(xl, out, steps=400))
     log = out/'metrics.jsonl'
     for _ in range(1200):
         if log.exists() and log.read_text(): break
         time.sleep(.1)
-    p.send_signal(sig); said, err = p.communicate(timeout=120)
-    assert p.returncode == 128+sig, err
-    assert f'sharpen train rlhf --resume {out}' in said and signal.Signals(sig).name in said
+    os.kill(p.pid, sig)
+    r = p.end(120)
+    assert r.code == 128+sig, r.err
+    assert f'sharpen train rlhf --resume {out}' in r.out and signal.Signals(sig).name in r.out
     k = len(log.read_text().splitlines())
     assert load_checkpoint(checkpoints(out/'checkpoints')[-1])[1]['counts']['k'] == k < 400
 
@@ -157,11 +169,12 @@ def test_signal_saves_and_says_how_to_go_on(xl, alone, sig):
 def test_killed_and_damaged(xl, alone):
     "SIGKILL, then the newest checkpoint loses a byte: the run goes on from the one before, to the same bits"
     out = xl/'killed'
-    p = subprocess.Popen(command(xl, out), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = started(command(xl, out))
     for _ in range(6000):
-        if len(checkpoints(out/'checkpoints')) > 1 or p.poll() is not None: break
+        if len(checkpoints(out/'checkpoints')) > 1: break
         time.sleep(.02)
-    p.kill(); p.wait()
+    os.kill(p.pid, signal.SIGKILL)
+    p.end()
     f = checkpoints(out/'checkpoints')[-1]/'optimizer.safetensors'; f.write_bytes(f.read_bytes()[:-1])
     r = run([*SHARPEN, 'train', 'rlhf', '--resume', str(out)]); assert r.returncode == 0, r.stderr
     assert 'trying the one before' in r.stdout

@@ -19,7 +19,7 @@ from diffusion_sharpening.rewards.remote import serving
 OWN = 'def redness(images, prompts): return images[:, 0].mean((1, 2))\n'
 FEW = dict(train=['--heldout', 2, '--S-eval', 1], sample=['--n', 2, '--S', 1], evaluate=['--n', 2, '--S', 1],
            search=['--n', 2, '--S', 2], demo=['--steps', 1],
-           experiment=['--budget', 400, '--heldout', 4, '--no-tune'])
+           experiment=['--model', 'layouts', '--budget', 400, '--heldout', 4, '--no-tune'])
 LITTLE = 'n=2 m=2 S=2 batch=2 rank=2'.split()
 NEEDS = {'image_reward': 'clip@shapes',      # weights that are not shipped → some that are
          'stabilityai/stable-diffusion-xl-base-1.0': 'MODEL'}
@@ -90,8 +90,8 @@ def there(tmp_path):
 
 def few_held_out():
     "The demo measures 240 prompts; two are enough here"
-    from diffusion_sharpening.commands import train
-    train.heldout_number = lambda n, model: 2
+    from diffusion_sharpening.commands import job
+    job.heldout_number = lambda n, model: 2
 
 
 def served(env, argv, at):

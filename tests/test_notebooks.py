@@ -19,6 +19,7 @@ def read(path):
     return nb
 
 def code(nb): return [c['src'] for c in nb['cells'] if c['cell_type'] == 'code']
+def number_free(path): return re.sub(r'^\d+_', '', path.stem)
 def markdown(nb): return [c['src'] for c in nb['cells'] if c['cell_type'] == 'markdown']
 def outputs(nb): return [(c['src'], o) for c in nb['cells'] for o in c.get('outputs', [])]
 def pictures(nb): return [d for _, o in outputs(nb) if (d := o.get('data', {}).get('image/png'))]
@@ -43,8 +44,10 @@ def bound(tree):
 def test_is_clean(path):
     from execnb.nbio import nb2str
     from nbdev.clean import clean_nb
+    from nbdev.config import get_config
     nb = json.loads(path.read_text(encoding='utf-8'))
-    clean_nb(nb)
+    kept = get_config(path=root).allowed_cell_metadata_keys.split()
+    clean_nb(nb, allowed_cell_metadata_keys=kept)
     assert nb2str(nb) == path.read_text(encoding='utf-8'), "run nbdev_clean"
 
 @each_notebook
@@ -102,6 +105,24 @@ def test_imports_have_their_own_cells(path):
     "A cell with imports and other code would be executed whenever the documentation is made"
     shown = [s for s in code(read(path)) if not directive('hide', s)]
     assert [s for s in shown if len({isinstance(t, imports) for t in parse(s)}) == 2] == []
+
+taught = [p for p in paths if p.parent.name in ('02_maths', '08_methods', '09_search', '10_corrector')
+          and number_free(p) not in ('catalog', 'figures', 'curves', 'pipeline')]
+
+@pytest.mark.parametrize('path', taught, ids=lambda p: p.relative_to(nbs).as_posix())
+def test_has_exercises(path):
+    "Each question has its answer in a fold below it; cells with hidden code compute what the answers say"
+    cells = [c for c in read(path)['cells'] if not directive('hide', c['src'])]
+    at = [i for i, c in enumerate(cells) if c['src'].startswith('## Exercises\n')]
+    assert len(at) == 1, "expected one cell '## Exercises'"
+    asked, *computed = cells[at[0]:]
+    each = re.split(r'^\*\*(\d)\.\*\* ', asked['src'], flags=re.M)[1:]
+    numbers, texts = each[::2], each[1::2]
+    assert 2 <= len(texts) <= 4 and numbers == [str(i + 1) for i in range(len(texts))]
+    fold = r'.{40,}\n\n<details>\n<summary>Answer</summary>\n\n.{40,}\n\n</details>\s*'
+    assert [n for n, t in zip(numbers, texts) if not re.fullmatch(fold, t, re.S)] == []
+    assert computed and all(c['metadata'].get('jupyter', {}).get('source_hidden') for c in computed)
+    assert any(checks.search(c['src']) for c in computed)
 
 def test_readme_is_up_to_date(monkeypatch):
     monkeypatch.syspath_prepend(str(nbs/'_dev'))

@@ -157,6 +157,27 @@ def test_page_fits(tab, address, page):
         assert (shade > 128) == (scheme == 'light')
     assert tab.wrong == []
 
+LOOK = """() => [...document.querySelectorAll('.cell_output img')].map(e => {
+    const s = getComputedStyle(e);
+    return [e.className.includes('drawing'), s.filter.includes('invert'), s.mixBlendMode]; })"""
+
+@browser_only
+def test_figures_in_the_dark(tab, address, pages):
+    "Drawings stand in light lines on the page's own ground; pictures keep their colours"
+    kinds = {k: sum(f'class="{k}"' in p.text for p in pages.values()) for k in ('drawing', 'picture')}
+    assert min(kinds.values()) > 10, kinds
+    seen = []
+    for page in ('00_start/does_it_sharpen.html', '14_experiments/first_results.html'):
+        for scheme in ('light', 'dark'):
+            tab.emulate_media(color_scheme=scheme)
+            tab.goto(f'{address}/{page}')
+            found = tab.evaluate(LOOK)
+            dark = scheme == 'dark'
+            assert all((turned, blend) == ((True, 'screen') if drawing and dark else (False, 'normal'))
+                       for drawing, turned, blend in found), (page, scheme, found)
+            seen += [drawing for drawing, *_ in found]
+    assert {True, False} <= set(seen)
+
 DRAW = """formulas => formulas.map(([tex, display]) => {
     try { katex.renderToString(tex, {displayMode: display, throwOnError: true}); return null; }
     catch (e) { return tex + ': ' + e.message; }}).filter(Boolean)"""

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['COMMANDS', 'EXAMPLES', 'KINDS', 'Argument', 'ARGUMENTS', 'READ', 'Command', 'found', 'arguments', 'Parser', 'text',
            'whole', 'finite', 'about', 'parser', 'usage', 'settings_of', 'help_of', 'run', 'Ended', 'ending',
-           'warnings_in_a_line', 'exit_code', 'main']
+           'warnings_in_a_line', 'exit_code', 'main', 'sharpen']
 
 # %% ../../nbs/13_commands/16_cli.ipynb #81734269
-import argparse, ast, importlib, io, json, math, os, re, signal, sys, threading, tokenize, warnings
+import argparse, ast, importlib, io, json, math, os, re, shlex, signal, sys, threading, tokenize, warnings
 import diffusion_sharpening
 from collections import namedtuple
 from contextlib import contextmanager
@@ -39,6 +39,7 @@ COMMANDS = {
     'serve-reward': Command('commands.serve_reward:serve_reward'),
     'plan': Command('commands.train:plan', 'training.plan:plan_table', settings=True, json=True),
     'export': Command('commands.interchange:export', 'builtins:str'),
+    'merge': Command('commands.merge:merge', 'commands.merge:said', json=True),
     'push': Command('commands.interchange:push', 'commands.lists:as_json'),
     'experiment': Command('experiments.command:experiment', 'experiments.command:said', json=True),
     'methods': Command('commands.lists:methods', 'commands.lists:methods_said', json=True),
@@ -63,6 +64,8 @@ EXAMPLES = {
     'plan': ['sharpen plan rlhf --model sdxl --px 512 --device h200',
              'sharpen plan rlhf --model sdxl --config 24gb --device 4090'],
     'export': ['sharpen export runs/first', 'sharpen export runs/first --layout diffusers --out lora'],
+    'merge': ['sharpen merge runs/first:.7,runs/c:.3 --out runs/both',
+              'sharpen merge runs/first,runs/c --rank 16 --out runs/short'],
     'push': ['sharpen push runs/first me/sharper --dry-run'],
     'experiment': ['sharpen experiment comparison --quick --only "NFT; DDPO; GRAFT"',
                    'sharpen experiment fractions --seeds 5'],
@@ -308,3 +311,10 @@ def main(argv:list=None): # Arguments without the program's name; None: those of
     for f in (sys.stdout, sys.stderr):
         if hasattr(f, 'reconfigure'): f.reconfigure(errors='backslashreplace')
     sys.exit(exit_code(sys.argv[1:] if argv is None else argv))
+
+# %% ../../nbs/13_commands/16_cli.ipynb #6298096a
+def sharpen(line:str # As in a terminal; its first word may be left out
+           )->None: # `ValueError` for wrong input
+    "Run a command line in this process"
+    words = shlex.split(line, comments=True)
+    with warnings_in_a_line(): run(words[words[:1] == ['sharpen']:])

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..basics.files import read_json
 from ..models.denoiser import Denoiser
 from ..models.counting import ALIASES
+from ..models.lora import merge_file
 from ..training.folder import read_run
 from ..training.run import settings
 from ..worlds.world import WORLDS, model_path, usual_guidance, world_of
@@ -91,7 +92,7 @@ def base_of(model:str=None, # As it was asked for; None: as the run says, or the
     if model is not None: return full_name(named(model, 'model'))
     if lora is None: return next(m for w in WORLDS.values() for m in w.models)
     run = Path(named(lora, 'lora'))
-    for file in (run/'report.json', run/'run.json'):
+    for file in (run/'report.json', run/'run.json', run/merge_file):
         try: found = read_json(file).get('model')
         except (ValueError, AttributeError): continue
         if isinstance(found, str) and found: return found

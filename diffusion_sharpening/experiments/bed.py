@@ -6,7 +6,7 @@
 __all__ = ['LOOKS', 'Bed', 'bed_of', 'searched', 'learnt', 'curve_of', 'evaluated', 'record']
 
 # %% ../../nbs/14_experiments/11_bed.ipynb #bf04c435
-import time, torch
+import signal, time, torch
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from ..commands.heldout import judges
@@ -95,6 +95,7 @@ def learnt(arm:Arm, # A method
                  eta=bed.eta)
     watch = Validate(bed.prompts[:96], judges(job.judge, bed.prompts, bed.model), max(1, steps//LOOKS), bed.S)
     s = train(job.model, job.method, job.judge, job.source, job.run, [watch])
+    if s.stop: signal.raise_signal(signal.Signals[s.stop])      # half a training is no result
     e = evaluate(job.method.deployed(job.model, bed.S), bed.prompts, bed.judges, bed.S, seed=seed)
     said = dict(run=asdict(job.run), method=asdict(job.method))
     return e, dict(steps=steps, curve=curve_of(s.history, batch_cost(run, method)), settings=said)

@@ -94,14 +94,21 @@ def text_params(a:Anatomy)->int: # Without loading or building them
 
 # %% ../../nbs/03_models/14_counting.ipynb #6aa789ce
 class Live(TorchDispatchMode):
-    "Bytes of the tensors that are alive, now and at most"
-    def __init__(self, known=()):  # tensors that do not count, such as weights
+    "Floating-point operations, and bytes of the tensors that are alive, now and at most"
+    def __init__(self, known=(), # Tensors that do not count, such as weights
+                 rules=None # Operation → its count from shapes, beside those of PyTorch
+                ):
         super().__init__()
-        self.now = self.peak = 0
+        from torch.utils.flop_counter import flop_registry, shape_wrapper
+        self.rules = flop_registry | {k: shape_wrapper(f) for k, f in (rules or {}).items()}
+        self.flops = self.now = self.peak = 0
         self.known = [t.untyped_storage() for t in known]; self.seen = {id(s) for s in self.known}
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
-        out = f(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = f(*args, **kwargs)
+        if rule := self.rules.get(getattr(f, '_overloadpacket', f)):
+            self.flops += rule(*args, **kwargs, out_val=out)
         for t in tree_leaves(out):
             if torch.is_tensor(t): self._born(t.untyped_storage())
         return out
@@ -147,17 +154,17 @@ def count(f, # Makes a tensor from tensors on the meta device
           backward:bool=False # With gradients?
          )->Cost:
     "Count one call of a network on the meta device"
-    from torch.utils.flop_counter import FlopCounterMode
     for p in net.parameters():
         if p.requires_grad: p.register_post_accumulate_grad_hook(_drop)
     known = [*net.parameters(), *net.buffers()]
     own = {torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward}
-    flops, live = FlopCounterMode(display=False, custom_mapping=own), Live(known)
-    with fused(), flops, live, torch.set_grad_enabled(backward):
-        out = f(); forward, held = flops.get_total_flops(), live.now
+    live = Live(known, own)
+    with fused(), live, torch.set_grad_enabled(backward):
+        out = f()
+        forward, held = live.flops, live.now
         if backward: out.sum().backward()
-        del out; total = flops.get_total_flops()
-    return Cost(forward/1e12, total/1e12, held/2**30, live.peak/2**30)
+        del out
+    return Cost(forward/1e12, live.flops/1e12, held/2**30, live.peak/2**30)
 
 # %% ../../nbs/03_models/14_counting.ipynb #0d1edfac
 def _unet(a, dtype):
@@ -263,11 +270,10 @@ def _saved(f, net): # GiB that the graph of `f` keeps, weights apart
 
 # %% ../../nbs/03_models/14_counting.ipynb #56a5a591
 def _run_once(f, net): # `Cost` of a call of a network (None: of none) without gradients, on real tensors
-    from torch.utils.flop_counter import FlopCounterMode
     known = [] if net is None else [*net.parameters(), *net.buffers()]
-    live, flops = Live(known), FlopCounterMode(display=False)
-    with torch.no_grad(), flops, live: f()
-    n = flops.get_total_flops()/1e12
+    live = Live(known)
+    with torch.no_grad(), live: f()
+    n = live.flops/1e12
     return Cost(n, n, 0., live.peak/2**30)
 
 # %% ../../nbs/03_models/14_counting.ipynb #5115a1de

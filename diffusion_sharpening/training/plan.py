@@ -33,7 +33,7 @@ from ..worlds.world import (
 # %% ../../nbs/12_training/06_plan.ipynb #d42cdc8a
 class StandIn(Denoiser):
     "A model that counts what is asked of it and knows nothing"
-    full, sharded, named, eta = False, False, {}, 0.
+    full, sharded, named, eta, told = False, False, {}, 0., False
     def __init__(self, guidance=1., full=False):
         self.full, self.guidance, self.kind, self.schedule = full, guidance, 'epsilon', VP.scaled_linear()
         self.item, self.size, self.device = (1, 1, 1), (1, 1), torch.device('cpu')

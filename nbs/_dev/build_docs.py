@@ -54,8 +54,8 @@ def thumbnail(b64, path, width=420):
     im.quantize(128).save(path, optimize=True)
 
 def first_picture(nb):
-    "The picture a page is known by and its alternative text, or None"
-    found = [(o.data['image/png'], c.metadata.mystnb['image']['alt']) for c in nb.cells
+    "The picture a page is known by, its alternative text and its kind, or None"
+    found = [(o.data['image/png'], *c.metadata.mystnb['image'].values()) for c in nb.cells
              for o in c.get('outputs', []) if 'image/png' in o.get('data', {})]
     return found[0] if found else None
 
@@ -66,8 +66,9 @@ def gallery(pages, made):
     for i, p in enumerate(pages):
         if not (found := first_picture(made[p.path])): continue
         thumbnail(''.join(found[0]), site/'reference'/'pictures'/f'{i}.png')
-        parts.append(f'<a href="../{p.out.as_posix()}.html"><img src="pictures/{i}.png" '
-                     f'alt="{escaped(found[1])}" loading="lazy"><span>{escaped(p.title)}</span></a>')
+        image = f'class="{found[2]}" alt="{escaped(found[1])}" loading="lazy"'
+        parts.append(f'<a href="../{p.out.as_posix()}.html"><img src="pictures/{i}.png" {image}>'
+                     f'<span>{escaped(p.title)}</span></a>')
     return '\n\n'.join(parts[:2]) + '\n\n' + '\n'.join(parts[2:]) + '\n</div>\n'
 
 def escaped(text): return text.replace('&', '&amp;').replace('"', '&quot;').replace('<', '&lt;')

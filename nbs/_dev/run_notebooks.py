@@ -77,7 +77,8 @@ def run_notebook(path, force=()):
         cell['execution_count'] = None
     split_title(nb)
     nb.metadata['kernelspec'] = kernelspec
-    clean_nb(nb, clean_ids=get_config().clean_ids)
+    cfg = get_config()
+    clean_nb(nb, clean_ids=cfg.clean_ids, allowed_cell_metadata_keys=cfg.allowed_cell_metadata_keys.split())
     write_nb(nb, path)
     return True
 

@@ -1,5 +1,5 @@
 "From notebooks to pages: cells as MyST-NB wants them, links between pages, alternative texts of pictures"
-import ast, os, re
+import ast, base64, io, os, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import AttrDict
@@ -8,6 +8,7 @@ from site_api import anchor, definitions, document, imported, name_of, parsed, p
 
 LONG = 15                                          # lines of code that are shown without a fold
 CHECKS = 8                                         # lines of checks that are shown without a fold
+EXERCISES = 'Exercises'                            # the heading below which all code is folded
 checking = re.compile(r'test_\w+|assert_\w+|check_\w+')
 
 # code, directives, rows of tables, formulas and links, in which no name is linked
@@ -128,6 +129,12 @@ def alternative(cell, page, heading, prose):
     text = '. '.join(t.rstrip('.:') for t in [f'{kind}: {where}', drawn, said] if t)
     return text[:400].replace('"', "'") + '.'
 
+def is_drawing(png, source):
+    "Is this picture lines and letters on a white ground, whose colours may be turned in the dark?"
+    from PIL import Image
+    im = Image.open(io.BytesIO(base64.b64decode(''.join(png)))).convert('L')
+    return im.histogram()[255] > .6*im.width*im.height and 'imshow' not in source
+
 def checks_only(source):
     "Is this a cell of many checks and nothing to look at?"
     tree = parsed(source)
@@ -141,8 +148,8 @@ def imports_only(source):
     tree = parsed(source)
     return bool(tree and tree.body) and all(isinstance(o, (ast.Import, ast.ImportFrom)) for o in tree.body)
 
-def folded(c, prompt):
-    c.metadata.tags.append('hide-input')
+def folded(c, prompt, tag='hide-input'):
+    c.metadata.tags.append(tag)
     c.metadata.mystnb = dict(code_prompt_show=prompt, code_prompt_hide=prompt)
 
 def exported(c, page, links):
@@ -169,13 +176,16 @@ def shown(c, page, links, heading, prose):
     for o in c.outputs:
         if md := o.get('data', {}).get('text/markdown'):
             o.data['text/markdown'] = links.text(''.join(md), page)
-    pictures = any('image/png' in o.get('data', {}) for o in c.outputs)
+    pictures = [p for o in c.outputs if (p := o.get('data', {}).get('image/png'))]
     alt = alternative(c, page, heading, prose) if pictures else ''
     c.source = bare(c)
     if imports_only(c.source): folded(c, 'Imports')
+    elif heading == EXERCISES: folded(c, 'The answers, computed', 'hide-cell')
     elif not c.outputs and checks_only(c.source): folded(c, 'Checks')
     elif pictures and c.source.count('\n') >= LONG: folded(c, 'Code of the figure')
-    if pictures: c.metadata.setdefault('mystnb', {})['image'] = dict(alt=alt)
+    if pictures:
+        kind = 'drawing' if all(is_drawing(p, c.source) for p in pictures) else 'picture'
+        c.metadata.setdefault('mystnb', {})['image'] = dict(alt=alt, classes=kind)
     return [c]
 
 def origin(page, package):

@@ -1,0 +1,21 @@
+"An experiment keeps what is whole, and no half training becomes a result"
+import os, signal
+import pytest
+from diffusion_sharpening.experiments.arms import Arm
+from diffusion_sharpening.experiments.bed import bed_of
+from diffusion_sharpening.experiments.compare import compared
+from diffusion_sharpening.worlds.layouts.judges import Tidy
+
+
+def test_a_training_that_is_stopped_is_not_recorded(tmp_path, monkeypatch):
+    "The signal ends the experiment; the base, which was whole, is kept"
+    score, asked = Tidy.score, []
+    def stopping(self, things, prompts):
+        asked.append(len(prompts))
+        if len(asked) == 20: os.kill(os.getpid(), signal.SIGINT)
+        return score(self, things, prompts)
+    monkeypatch.setattr(Tidy, 'score', stopping)
+    arms = {'NFT': Arm('nft', own=dict(n=2, S=2), batch=2)}
+    with pytest.raises(KeyboardInterrupt):
+        compared(arms, bed_of('layouts', budget=1e9, heldout=4, S=2), [0], tmp_path, tune=False)
+    assert len(asked) >= 20 and [p.name for p in (tmp_path/'runs').iterdir()] == ['base-0.json']
