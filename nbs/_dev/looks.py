@@ -59,14 +59,15 @@ def seen(world, things, texts, scores):
 
 def equal(folder, arms):
     "GRAFT, and standard fine-tuning on as many pictures as GRAFT accepts, over the seeds of an experiment"
-    bed, graft, rec = arms['GRAFT']
-    run, method = graft.made()
+    bed, arm, rec = arms['GRAFT']
+    run, method = arm.made()
     accepted, standard = rec['steps']*run.batch*method.K, arms['standard'][1]
     few = replace(bed, budget=accepted*(1 + BACKWARD))
     files = lambda name: sorted((Path(folder)/'runs').glob(name_of(name, '[0-9]*')))
-    there = lambda name: [read_json(f) for f in files(name)]
-    base = there('base')
-    rows = {'GRAFT': there('GRAFT'), 'standard': [record(standard, few, s) for s in range(len(base))]}
+    there = {k: [read_json(f) for f in files(k)] for k in ('base', 'GRAFT')}
+    seeds = range(min(map(len, there.values())))
+    base, graft = ([there[k][s] for s in seeds] for k in ('base', 'GRAFT'))
+    rows = {'GRAFT': graft, 'standard': [record(standard, few, s) for s in seeds]}
     return dict(accepted=accepted, batch=standard.batch, arms={k: against(v, base) for k, v in rows.items()})
 
 def main():
