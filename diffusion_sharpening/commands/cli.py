@@ -40,7 +40,7 @@ COMMANDS = {
     'plan': Command('commands.train:plan', 'training.plan:plan_table', settings=True, json=True),
     'export': Command('commands.interchange:export', 'builtins:str'),
     'merge': Command('commands.merge:merge', 'commands.merge:said', json=True),
-    'push': Command('commands.interchange:push', 'commands.lists:as_json'),
+    'push': Command('commands.interchange:push', 'commands.interchange:push_said', json=True),
     'experiment': Command('experiments.command:experiment', 'experiments.command:said', json=True),
     'methods': Command('commands.lists:methods', 'commands.lists:methods_said', json=True),
     'rewards': Command('commands.lists:rewards', 'commands.lists:rewards_said', json=True)}

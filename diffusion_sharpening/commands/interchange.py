@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'kohya_name', 'to_kohya', 'from_kohya', 'run_report', 'run_weights', 'adapter_model', 'export', 'push',
-           'decode_problem', 'check_decode']
+           'push_said', 'decode_problem', 'check_decode']
 
 # %% ../../nbs/13_commands/01_interchange.ipynb #36b650f5
 import os, re, shutil, tempfile, torch
 from pathlib import Path
+from ..basics.console import columns
 from ..basics.files import read_json, write_json, write_whole
 from .card import hub_name, model_card, redact
 from ..models.lora import lora_file, merge_file, read_lora, write_lora
@@ -253,6 +254,14 @@ def push(
         files = {p.relative_to(dir).as_posix(): p.stat().st_size for p in there}
         if not dry_run: url = _upload(HfApi(), repo, dir, private)
     return dict(repo=repo, files=files, card=card, url=url)
+
+# %% ../../nbs/13_commands/01_interchange.ipynb #f581a6b8
+def push_said(made:dict # From `push`
+             )->str:
+    "What was uploaded, or would be, as text"
+    files = columns([[f'  {k}', f'{v:,}'] for k, v in made['files'].items()], right=(1,))
+    where = made['url'] or f"nothing is uploaded yet; without --dry-run it goes to {made['repo']}"
+    return f"files and their bytes:\n{files}\n\n{made['card'].strip()}\n\n{where}"
 
 # %% ../../nbs/13_commands/01_interchange.ipynb #d9474167
 def decode_problem(

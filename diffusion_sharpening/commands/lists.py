@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['GUIDANCE', 'method_settings', 'asks', 'method_said', 'methods', 'settings_said', 'methods_said', 'rewards',
-           'rewards_said', 'as_json']
+           'rewards_said']
 
 # %% ../../nbs/13_commands/13_lists.ipynb #e6c9f54d
 import json
 from ..basics.console import columns
-from ..basics.files import finite
 from ..basics.settings import settings_table
 from ..methods.catalog import METHODS, PRESETS, presets
 from ..names.catalog import USES, usable
@@ -90,9 +89,3 @@ def rewards_said(found:list # From `rewards`
     "The rewards as text"
     ready = {True: 'usable', False: 'not usable'}
     return columns([[r['name'], ready[r['usable']], r['how'], r['needs']] for r in found])
-
-# %% ../../nbs/13_commands/13_lists.ipynb #097674c6
-def as_json(found # What a command found
-           )->str:
-    "Anything as JSON"
-    return json.dumps(finite(found), indent=1, ensure_ascii=False)

@@ -89,13 +89,13 @@ def draw_trade(found:dict, # From `compared`
     at = {k: [found[k]['change'][j] for j in (reward, exam)] for k in by_exam(found, exam)}
     wide = [max(abs(v[i]['mean']) for v in at.values()) or 1. for i in (0, 1)]
     far = sorted(at, key=lambda k: -sum((v['mean']/w)**2 for v, w in zip(at[k], wide)))[:named]
-    right = sorted(far, key=lambda k: at[k][0]['mean'])          # names go up and down in turn
+    high = sorted(far, key=lambda k: -at[k][1]['mean'])          # names go up and down in turn
     fig = Figure(figsize=(6, 4), layout='constrained')
     ax = fig.subplots()
     for k, (x, y) in at.items():
         _cross(ax, x, y, '#0072B2' if k in far else '.7')
         if k not in far: continue
-        ax.annotate(k, (x['mean'], y['mean']), (5, -11 if right.index(k) % 2 else 4), fontsize=8,
+        ax.annotate(k, (x['mean'], y['mean']), (5, -11 if high.index(k) % 2 else 4), fontsize=8,
                     textcoords='offset points')
     for line in (ax.axhline, ax.axvline): line(0, color='.4', lw=.8)
     ax.set_xlabel(f'change of {reward}, which is followed', fontsize=9)

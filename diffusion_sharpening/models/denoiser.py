@@ -24,6 +24,7 @@ class Denoiser(Learner):
     "A diffusers pipeline behind `predict(x_t, t, cond) -> (x0, eps)`; frozen until `add_lora` or `add_full`"
     rollout_chunk = 0 # Network evaluations at once where no gradient is kept; 0: all
     decode_chunk = 8  # Pictures decoded at once
+    told = False      # Is the network told the guidance as a number?
     def __init__(self,
         pipe, # A diffusers pipeline of a known family
         guidance:float=5., # Classifier-free guidance scale; 1: none, at half the cost

@@ -109,7 +109,7 @@ def end_to_end(d, start=Process):
     for layout in ('diffusers', 'kohya'):
         gap = (plain(d, d/f'{layout}.safetensors', TEXTS[:4]) - drawn).abs().max().item()*255
         check(gap < .6, f'diffusers draws the same from the {layout} file: {gap:.2f} of 255')
-    pushed = json.loads(sharpen('push', 'whole', 'me/sharp', '--dry-run'))
+    pushed = json.loads(sharpen('push', 'whole', 'me/sharp', '--dry-run', '--json'))
     check({lora_file, 'lora_kohya.safetensors', 'README.md', 'report.json'} <= {*pushed['files']}
           and str(d) not in pushed['card'], 'what would be pushed is there, without a path of this machine')
 
