@@ -781,6 +781,13 @@ def test_own_prompts_are_split(xl, tmp_path, capsys):
     assert (len(seen[0]) == 7 and rep['heldout_prompts'] == 3
             and '3 held out, 7 to train on' in rep['heldout_from'])
     assert len(seen[1]) == 10 and other['heldout_prompts'] == 2 and 'other' in other['heldout_from']
+    for run, held in ('a', {*texts} - {*seen[0]}), ('b', {'an oak', 'an ash'}):     # and what is drawn later
+        drawn = tmp_path/f'drawn {run}'
+        assert cli.run(['sample', '--lora', str(tmp_path/run), '--S', '1', '--out', str(drawn)]) == 0
+        assert {json.loads(l)['prompt'] for l in (drawn/'prompts.jsonl').read_text().splitlines()} == held
+        assert cli.run(['evaluate', '--lora', str(tmp_path/run), '--reward', 'clip@shapes', '--S', '1',
+                        '--json']) == 0
+        assert str(tmp_path) in capsys.readouterr().out
 
 
 def test_an_exam_belongs_to_its_model(xl, tmp_path, monkeypatch, capsys):

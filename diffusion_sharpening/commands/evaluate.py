@@ -7,9 +7,8 @@ __all__ = ['evaluate', 'said', 'score_said']
 
 # %% ../../nbs/13_commands/11_evaluate.ipynb #76140b5e
 from ..basics.console import columns, number
-from .heldout import check_judges, default_prompts, heldout_number, judges
+from .heldout import check_judges, heldout_number, judges, prompts_for
 from .load import as_trained, base_of, check_sampler, load_model
-from ..data.tables import prompt_set
 from ..evaluation.measure import evaluate as measure, report
 from ..evaluation.tables import measured_table
 from ..names.catalog import load_reward
@@ -21,7 +20,7 @@ def evaluate(
     model:str=None, # Embedded (`shapes`), a folder, or a name on the Hub; None: the LoRA's, or embedded
     lora:str=None, # Folder of a run, or of any LoRA
     reward:str=None, # Reward to report, beside the exam of the model's world; None: the model's usual one
-    prompts:str=None, # World (held-out captions), FILE[:COLUMN], hf:owner/name:column; None: the model's
+    prompts:str=None, # World (held-out captions), FILE[:COLUMN], hf:owner/name:column; None: the run's or model's
     n:int=None, # How many prompts; None: 240 for embedded models, 24 for others
     S:int=20, # Sampler steps
     eta:float=None, # Fresh noise of each step, 0 … 1; None: the world's best measured, 0 for others
@@ -34,8 +33,7 @@ def evaluate(
     model = base_of(model, lora)
     n, world = heldout_number(n, model), world_of(model)
     check_sampler(guidance, eta, S, n=n)
-    prompts = prompts or default_prompts(model)
-    texts = prompt_set(prompts, n, 'heldout', seed=1)[:n]
+    texts, prompts = prompts_for(prompts, model, lora, n)
     reward = reward or usual_reward(model)
     r = load_reward(reward, world and world.name, train=False)
     d = load_model(model, guidance, lora, px=px, variant=variant, eta=eta)

@@ -10,10 +10,10 @@ from pathlib import Path
 from torch import Tensor
 from ..basics.files import read_json, write_json, write_whole
 from ..basics.pictures import as_png, write_grid
-from .heldout import default_prompts
+from .heldout import prompts_for
 from .load import as_trained, base_of, check_sampler, load_model, output_folder
 from .provenance import provenance
-from ..data.tables import prompt_set, write_prompts
+from ..data.tables import write_prompts
 from ..evaluation.measure import pictures_of, start_seeds
 from ..training.advice import pictures_at_once
 
@@ -82,7 +82,7 @@ def replace_pictures(pictures:Tensor, # `(N, 3, H, W)` in [0, 1]
 def sample(
     model:str=None, # Embedded (`shapes`), a folder, or a name on the Hub; None: the LoRA's, or embedded
     lora:str=None, # Folder of a run, or of any LoRA
-    prompts:str=None, # World (held-out captions), FILE[:COLUMN], hf:owner/name:column; None: the model's
+    prompts:str=None, # World (held-out captions), FILE[:COLUMN], hf:owner/name:column; None: the run's or model's
     out:str='out', # Folder for the pictures
     n:int=24, # How many prompts
     S:int=20, # Sampler steps
@@ -95,7 +95,7 @@ def sample(
     "Make pictures"
     check_sampler(guidance, eta, S, n=n)
     model = base_of(model, lora)
-    texts = prompt_set(prompts or default_prompts(model), n, 'heldout', seed=1)[:n]
+    texts, _ = prompts_for(prompts, model, lora, n)
     seeds, out = start_seeds(seed, len(texts)), output_folder(out)
     check_free(out, files_of(len(texts)), own_files(out))
     d = load_model(model, guidance, lora, px=px, variant=variant, eta=eta)

@@ -14,12 +14,11 @@ from ..basics.files import digest, read_json, write_json, write_whole
 from ..basics.pictures import as_png, read_picture
 from ..basics.stats import interval, shown
 from ..basics.words import brief, one_of
-from .heldout import check_judges, default_prompts
+from .heldout import check_judges, prompts_for
 from .load import as_trained, base_of, load_model, output_folder
 from .options import parse_settings
 from .provenance import provenance
 from .sample import LIST, check_free, files_of, write_pictures
-from ..data.tables import prompt_set
 from ..evaluation.measure import pictures_of, start_seeds
 from ..models.lora import lora_file
 from ..names.catalog import load_reward
@@ -142,7 +141,7 @@ def search(
     lora:str=None, # Folder of a run, or of any LoRA
     reward:str=None, # The verifier: name, name:weight,… (see `sharpen rewards`); None: the model's usual one
     combine:str=None, # How several rewards are compared: zscore, rank, borda, minmax or sum
-    prompts:str=None, # World (held-out captions), FILE[:COLUMN], hf:owner/name:column; None: the model's
+    prompts:str=None, # World (held-out captions), FILE[:COLUMN], hf:owner/name:column; None: the run's or model's
     budget:float=160., # Network evaluations for each picture
     out:str='out', # Folder for the pictures
     n:int=24, # How many prompts
@@ -158,7 +157,7 @@ def search(
     find = find_search(name)
     own = checked(find, parse_settings(settings.split(',') if settings else []))
     model, out = base_of(model, lora), output_folder(out)
-    texts = prompt_set(prompts or default_prompts(model), n, 'heldout', seed=1)[:n]
+    texts, _ = prompts_for(prompts, model, lora, n)
     world, seeds = world_of(model), start_seeds(seed, len(texts))
     judge = verifier(reward or usual_reward(model), combine, world and world.name)
     d = load_model(model, guidance, lora, px=px, variant=variant)

@@ -27,7 +27,7 @@ from ..names.grammar import parse_spec
 from ..training.advice import advice
 from ..training.callbacks import (
     Alarms, KeepBest, Log, Progress, Timer, Tracker, Validate, WinRate, unlearnt)
-from ..training.folder import first_process, read_report, read_run, sums, taken
+from ..training.folder import read_report, read_run, sums, taken
 from ..training.loop import Callback, train as fit
 from ..training.plan import Plan, plan as planned, units_of
 from ..training.record import content, going_on, holds_back, model_content, record
