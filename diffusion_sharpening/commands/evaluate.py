@@ -20,7 +20,7 @@ def evaluate(
     model:str=None, # Embedded (`shapes`), a folder, or a name on the Hub; None: the LoRA's, or embedded
     lora:str=None, # Folder of a run, or of any LoRA
     reward:str=None, # Reward to report, beside the exam of the model's world; None: the model's usual one
-    prompts:str=None, # World (held-out captions), FILE[:COLUMN], hf:owner/name:column; None: the run's
+    prompts:str=None, # World (held-out), FILE[:COLUMN], hf:owner/name:column; None: the run's, or the model's
     n:int=None, # How many prompts; None: 240 for embedded models, 24 for others
     S:int=20, # Sampler steps
     eta:float=None, # Fresh noise of each step, 0 … 1; None: the world's best measured, 0 for others

@@ -82,7 +82,7 @@ def replace_pictures(pictures:Tensor, # `(N, 3, H, W)` in [0, 1]
 def sample(
     model:str=None, # Embedded (`shapes`), a folder, or a name on the Hub; None: the LoRA's, or embedded
     lora:str=None, # Folder of a run, or of any LoRA
-    prompts:str=None, # World (held-out captions), FILE[:COLUMN], hf:owner/name:column; None: the run's
+    prompts:str=None, # World (held-out), FILE[:COLUMN], hf:owner/name:column; None: the run's, or the model's
     out:str='out', # Folder for the pictures
     n:int=24, # How many prompts
     S:int=20, # Sampler steps

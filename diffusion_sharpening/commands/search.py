@@ -141,7 +141,7 @@ def search(
     lora:str=None, # Folder of a run, or of any LoRA
     reward:str=None, # The verifier: name, name:weight,… (see `sharpen rewards`); None: the model's usual one
     combine:str=None, # How several rewards are compared: zscore, rank, borda, minmax or sum
-    prompts:str=None, # World (held-out captions), FILE[:COLUMN], hf:owner/name:column; None: the run's
+    prompts:str=None, # World (held-out), FILE[:COLUMN], hf:owner/name:column; None: the run's, or the model's
     budget:float=160., # Network evaluations for each picture
     out:str='out', # Folder for the pictures
     n:int=24, # How many prompts
