@@ -374,6 +374,7 @@ def test_each_command(trained, tmp_path, monkeypatch, capsys):
     lines = [('export', run, '--out', tmp_path/'x.safetensors'),
              ('export', run, '--layout', 'diffusers', '--out', tmp_path),
              ('push', run, 'me/sharp', '--dry-run'),
+             ('merge', f'{run}:.5,{run}:.5', '--out', tmp_path/'m'),
              ('plan', 'rlhf', '--json'),
              ('score', '--images', pics, '--prompts', pics/'prompts.jsonl', '--reward', 'clip@shapes',
               '--out', tmp_path/'s'),
