@@ -7,6 +7,15 @@ from diffusion_sharpening.experiments.compare import compared
 from diffusion_sharpening.worlds.layouts.judges import Tidy
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=['heard', 'ignored'])
+def interrupts(request):
+    "What SIGINT does; a shell has it ignored for what it starts in the background"
+    old = signal.signal(signal.SIGINT, request.param)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.usefixtures('interrupts')
 def test_a_training_that_is_stopped_is_not_recorded(tmp_path, monkeypatch):
     "The signal ends the experiment; the base, which was whole, is kept"
     score, asked = Tidy.score, []

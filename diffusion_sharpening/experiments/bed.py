@@ -95,7 +95,9 @@ def learnt(arm:Arm, # A method
                  eta=bed.eta)
     watch = Validate(bed.prompts[:96], judges(job.judge, bed.prompts, bed.model), max(1, steps//LOOKS), bed.S)
     s = train(job.model, job.method, job.judge, job.source, job.run, [watch])
-    if s.stop: signal.raise_signal(signal.Signals[s.stop])      # half a training is no result
+    if s.stop:                                                  # half a training is no result
+        signal.raise_signal(signal.Signals[s.stop])
+        raise KeyboardInterrupt(s.stop)                         # where the shell has the signal ignored
     e = evaluate(job.method.deployed(job.model, bed.S), bed.prompts, bed.judges, bed.S, seed=seed)
     said = dict(run=asdict(job.run), method=asdict(job.method))
     return e, dict(steps=steps, curve=curve_of(s.history, batch_cost(run, method)), settings=said)
