@@ -22,10 +22,10 @@ class Part:
     forced: bool = False # Asked for with `!`
 
 _SPLIT = re.compile(r'''[^,@]*@(?:"[^"]*"|'[^']*')[^,]*|[^,]*''')
-_WEIGHT = re.compile(r'(.+):\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)')
+_WEIGHT = re.compile(r'(.+):\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)', re.S)
 _HOST = re.compile(r'[^@]*@\w+://(?:\[[^\]]*\]|[^/:#?]*)')
-_NAMED = re.compile(r'([\w-]+)(!?)(?:@(.+))?')
-_PATH = re.compile(r'(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_][\w.]*')
+_NAMED = re.compile(r'([\w-]+)(!?)(?:@(.+))?', re.S)            # a path may hold any character
+_PATH = re.compile(r'(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_][\w.]*', re.S)
 
 def _texts(line): # The parts between commas
     at = 0
@@ -63,7 +63,7 @@ def parse_spec(line:str, # As in the table above
               )->tuple: # How to combine (one of `HOW`), list of `Part`; ValueError shows what does not fit
     "Read a specification of one or more rewards"
     line = str(line).strip(); how = HOW[0]
-    if m := re.fullmatch(r'(\w+)\((.*)\)', line):
+    if m := re.fullmatch(r'(\w+)\((.*)\)', line, re.S):
         how, line = one_of(m[1], HOW, 'reward: way to combine'), m[2].strip()
     return how, [_part(t, line, known) for t in _texts(line)]
 

@@ -168,17 +168,18 @@ NAMES = ['with space', 'a\nb', "it's", 'a"b', 'a:b', 'a,b', 'a;b', 'a=b', 'a#b',
          'a\\b', '\x1b[31m']
 
 def named(name, kit):
-    "Everything of a run lies in a folder of that name"
-    d = kit.place()/name
+    "Everything of a run lies in a folder of that name; weights are read where it is UTF-8, or that is said"
+    d, spelt = kit.place()/name, name == name.encode(errors='replace').decode()
     d.mkdir()
     shutil.copytree(kit.folder/'xl', d/'xl')
     (d/'r.py').write_text('def bright(images, prompts): return images.mean((1, 2, 3))\n')
     (d/'p.txt').write_text('\n'.join(TEXTS))
     argv = kit.train('o', 1, model='xl', reward='r.py:bright', prompts='p.txt')
-    if why := trouble(sharpen(*argv, at=d), 0): return f'train: {why}'
+    if why := trouble(sharpen(*argv, at=d), 0 if spelt else 2): return f'train: {why}'
     for more in ('sample', '--lora', 'o', '--out', 's', '--n', 1, '--S', 1, '--prompts', 'p.txt'), (
             'push', 'o', 'me/x', '--dry-run'), ('export',
                                                 'o'), ('train', 'rlhf', '--resume', 'o', '--steps', 2):
+        if not spelt: break
         if why := trouble(sharpen(*more, at=d), 0): return f'{more[0]}: {why}'
     full = kit.train(d/'o2', 1, model=d/'xl', reward=f'"{d}/r.py:bright"', prompts=d/'p.txt')
     return trouble(sharpen(*full), 0, 2)
@@ -222,11 +223,12 @@ def prompts():
         for c in contents: yield f'{file}: {c!r:.30}', partial(prompted, file, c)
 
 def drawn(prompt, kit):
-    "A training with such prompts ends with a report, a card and pictures"
+    "A training with such prompts ends with a report, a card and pictures; a blank one is refused"
     d = kit.place()
     (d/'p.jsonl').write_text(''.join(json.dumps(dict(prompt=p)) + '\n' for p in (prompt, *TEXTS)))
     argv = kit.train(d/'o', 1, prompts=d/'p.jsonl', heldout=3)
-    if why := trouble(sharpen(*argv), 0): return why
+    if why := trouble(sharpen(*argv), 0 if prompt.strip() else 2): return why
+    if not prompt.strip(): return
     there = {p.name for p in (d/'o').iterdir()}
     if not {'report.json', 'before_after.png', 'reward_curve.png'} <= there: return f'only {sorted(there)}'
     return trouble(sharpen('push', d/'o', 'me/x', '--dry-run'), 0)
