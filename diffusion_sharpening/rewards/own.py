@@ -34,6 +34,14 @@ def _import(where, which):
     if where.endswith('.py'): return _from_file(where, which)
     with _importable(Path.cwd()): return importlib.import_module(where)
 
+# %% ../../nbs/04_rewards/17_own.ipynb #fa33983a
+def _within(found, attr, which): # What has the name `attr`, in a module
+    for part in attr.split('.'):
+        try: found = getattr(found, part)
+        except AttributeError: raise ValueError(_no_name(which, found, part)) from None
+        except (Exception, SystemExit) as e: raise ValueError(_raised(which, f'asking for {part}', e)) from e
+    return found
+
 # %% ../../nbs/04_rewards/17_own.ipynb #1bd7119f
 def load_object(which:str # `my_pkg.my_mod:name` or `path/to/file.py:name`
                ): # What has that name; ValueError says why it cannot be had
@@ -47,10 +55,7 @@ def load_object(which:str # `my_pkg.my_mod:name` or `path/to/file.py:name`
         if str(e).startswith('own reward'): raise
         raise ValueError(_raised(which, 'importing it', e)) from e
     except (Exception, SystemExit) as e: raise ValueError(_raised(which, 'importing it', e)) from e
-    for part in attr.split('.'):
-        if not hasattr(found, part): raise ValueError(_no_name(which, found, part))
-        found = getattr(found, part)
-    return found
+    return _within(found, attr, which)
 
 # %% ../../nbs/04_rewards/17_own.ipynb #9b36753c
 def load_function(which:str # `my_pkg.my_mod:fn` or `path/to/file.py:fn`
