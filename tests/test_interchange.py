@@ -9,12 +9,13 @@ diffusers = pytest.importorskip('diffusers')
 import transformers
 from diffusion_sharpening.models.lora import lora_file, read_lora
 from diffusion_sharpening.models.denoiser import Denoiser
-from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
+from diffusion_sharpening.models.tiny import tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 from diffusion_sharpening.commands import interchange
 from diffusion_sharpening.models.counting import anatomy
 from diffusion_sharpening.commands.interchange import (
     check_decode, decode_problem, export, from_kohya, kohya_name, push, to_kohya)
 from diffusion_sharpening.commands.card import model_card
+from diffusion_sharpening.commands.merge import merge
 from diffusion_sharpening.models.policies import ATTENTION, LINEAR
 from diffusion_sharpening.worlds.world import model_path
 
@@ -324,3 +325,22 @@ def test_overflow_is_found(folders):
 def test_decode_problem(images, message):
     found = decode_problem(images)
     assert found is None if message is None else message in found
+
+
+@pytest.mark.parametrize('make', [tiny_sd3, tiny_flux])
+def test_a_merge_of_transformers_opens_in_diffusers(make, tmp_path):
+    "Half and half of one adapter is that adapter, in the pipeline that loads it"
+    make(tmp_path/'model')
+    d = Denoiser.from_pretrained(tmp_path/'model', 3., device='cpu', size=64).add_lora(rank=2)
+    g = torch.Generator().manual_seed(0)
+    for p in d.trainable(): p.data = torch.randn(p.shape, generator=g)
+    d.save_lora(tmp_path/'a')
+    merge(f"{tmp_path/'a'}:.5,{tmp_path/'a'}:.5", str(tmp_path/'m'), model=str(tmp_path/'model'))
+    def changes(folder):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path/'model')
+        pipe.load_lora_weights(folder)
+        return {k: m.get_delta_weight('default_0') for k, m in pipe.transformer.named_modules()
+                if hasattr(m, 'get_delta_weight')}
+    was, now = changes(tmp_path/'a'), changes(tmp_path/'m')
+    assert was and {*was} == {*now}
+    for k, v in was.items(): torch.testing.assert_close(now[k], v)

@@ -13,7 +13,7 @@ from ..basics.files import write_json
 from ..basics.words import brief
 from .load import base_of, output_folder
 from ..methods.protocol import Method
-from ..models.lora import lora_file, merge_file, read_lora, write_lora
+from ..models.lora import lora_file, merge_file, network_of, read_lora, write_lora
 from ..models.merging import merged
 from ..training.folder import FolderError, locked, read_run
 from ..training.run import settings
@@ -75,12 +75,13 @@ def merge(
     if rank is not None and rank < 1: raise ValueError(f'rank: expected at least 1, found {rank}')
     found, out = parts_of(parts), _place(out)
     for p in found: check_whole_way(p.path)
+    adapters = [read_lora(p.path) for p in found]
     base = common_base([p.path for p in found], model)
-    named, rank, error = merged([read_lora(p.path) for p in found], [p.weight for p in found], rank)
+    named, rank, error = merged(adapters, [p.weight for p in found], rank)
     told = dict(model=base, parts=[dict(lora=p.path, weight=p.weight) for p in found], rank=rank, error=error)
     with locked(out):
         write_json(out/merge_file, told)
-        write_lora(named, rank, rank, out)
+        write_lora(named, rank, rank, out, network_of(found[0].path))
     return told | dict(out=str(out))
 
 # %% ../../nbs/13_commands/17_merge.ipynb #3c729da4

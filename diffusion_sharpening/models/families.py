@@ -153,11 +153,6 @@ class Flux(SD3):
         text, pooled, _ = pipe.encode_prompt(prompt, None, device=pipe.device)
         return Cond(text=text, pooled=pooled)
 
-    @classmethod
-    def encode_negative(cls, pipe, prompt:str=None) -> Cond:
-        "Features and pooled vector that guidance leads away from; None: of the empty prompt"
-        return cls.encode(pipe, prompt or '')
-
     @staticmethod
     def inputs(cond:Cond) -> dict:
         "Keyword arguments of the network"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['lora_file', 'merge_file', 'open_lora', 'entry_of', 'grouped', 'header_of', 'plain_alpha', 'even', 'read_lora',
-           'write_lora']
+           'network_of', 'write_lora']
 
 # %% ../../nbs/03_models/05_lora.ipynb #93354b0f
 import json, re, torch
@@ -139,17 +139,25 @@ def read_lora(
         pairs, alpha = {k: even(*ab, alphas[k], rank) for k, ab in pairs.items()}, rank
     return {f'{k}.lora_{s}.weight': w for k, ab in pairs.items() for s, w in zip('AB', ab)}, rank, alpha
 
+# %% ../../nbs/03_models/05_lora.ipynb #c027e3f7
+def network_of(path # Of a LoRA, as for `open_lora`
+              )->str: # `unet` or `transformer`
+    "Which part of a pipeline a LoRA changes"
+    return 'transformer' if any(k.startswith('transformer.') for k in open_lora(path)[0]) else 'unet'
+
 # %% ../../nbs/03_models/05_lora.ipynb #3ea8f4a1
 def write_lora(
     weights:dict, # By name (`LAYER.lora_A.weight`), as from `read_lora`
     rank:int, alpha:float, # The change of each layer is `alpha/rank · B A`
-    folder # Made if needed
+    folder, # Made if needed
+    network:str='unet' # Part of the pipeline that it changes, `unet` or `transformer`
 ) -> Path: # The file
-    "Write a U-Net's LoRA for diffusers and `read_lora`"
+    "Write a LoRA for diffusers and `read_lora`"
     from safetensors.torch import save
     Path(folder).mkdir(parents=True, exist_ok=True)
     layers = sorted({k.rsplit('.lora_', 1)[0] for k in weights})
-    header = {'unet.r': rank, 'unet.lora_alpha': alpha, 'unet.target_modules': layers}
-    named = {f'unet.{k}': v.contiguous() for k, v in weights.items()}
+    header = dict(r=rank, lora_alpha=alpha, target_modules=layers)
+    header = {f'{network}.{k}': v for k, v in header.items()}
+    named = {f'{network}.{k}': v.contiguous() for k, v in weights.items()}
     meta = dict(format='pt', lora_adapter_metadata=json.dumps(header))
     return write_whole(Path(folder)/lora_file, save(named, meta))
