@@ -6,7 +6,7 @@
 __all__ = ['quiet', 'named', 'full_name', 'check_sampler', 'load_model', 'base_of', 'record_of', 'as_trained', 'output_folder']
 
 # %% ../../nbs/13_commands/03_load.ipynb #43b44961
-import os, torch
+import os, torch, warnings
 from functools import partial
 from pathlib import Path
 from ..basics.files import read_json
@@ -103,7 +103,7 @@ def record_of(lora # Folder of a run, of any LoRA, or None
              )->dict: # As for `read_run`; None where there is none
     "The record of the run that a LoRA is from"
     try: return read_run(lora) if lora is not None and Path(lora).is_dir() else None
-    except ValueError: return None
+    except ValueError as e: warnings.warn(f'{lora} is taken as a LoRA of no run ({e})')
 
 # %% ../../nbs/13_commands/03_load.ipynb #9cae9e82
 def as_trained(model, # With the LoRA of a run
