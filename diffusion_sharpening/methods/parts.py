@@ -275,7 +275,7 @@ def margin_loss(margin, # `(B,)`
     return loss, dict(margin=m, accuracy=(m > 0).float())
 
 # %% ../../nbs/08_methods/02_parts.ipynb #c8502110
-def places(seeds:Tensor, # int64, any shape
+def places(seeds:Tensor, # int64, any shape; one for each place that is drawn
            k:Tensor, # Which noise of its sample each row is: int64, same shape
            K:int, # Noises per sample
            u:int=0, # Number of the update

@@ -22,6 +22,11 @@ class RVM(Forward):
 
     times = staticmethod(any_times)
 
+    @classmethod
+    def paper(cls, **changes):
+        "Noised to times of the whole way, as published"
+        return cls(**(dict(early=0., late=1.) | changes))
+
     def rule(self, b:ForwardBatch) -> tuple:
         "Losses of the shape of `b.A`, and the plain error"
         return rvm(b)
