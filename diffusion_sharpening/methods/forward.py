@@ -7,7 +7,6 @@ __all__ = ['Forward']
 
 # %% ../../nbs/08_methods/13_forward.ipynb #d3d91930
 from dataclasses import dataclass
-from ..basics.seeds import stream
 from ..basics.settings import within
 from ..maths.choice import centred, levelled, tied
 from ..maths.forward import ForwardBatch
@@ -88,8 +87,7 @@ class Forward(Counting):
 
     def asked_at(self, model, lesson, u):
         "Times to which the rows are noised `(R,)`"
-        seeds = stream(lesson['prompt_seeds'], 'candidate', lesson['k'])    # a prompt's candidates share them
-        place = places(seeds, lesson['k'], self.noises, u, self.early, self.late)
+        place = places(lesson['prompt_seeds'], lesson['k'], self.noises, u, self.early, self.late)
         return self.times(model, self.S, place).to(lesson['x0'].device)
 
     def ask(self, model, lesson, u) -> ForwardBatch:

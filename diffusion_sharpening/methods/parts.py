@@ -362,14 +362,14 @@ def repeated(cond, n:int):
     return None if cond is None else cond.repeat(n)
 
 # %% ../../nbs/08_methods/02_parts.ipynb #e12cf847
-def noise_rows(rows:dict, # Name → `(R, …)`; int64 `seeds` is one of them
+def noise_rows(rows:dict, # Name → `(R, …)`; int64 `seeds` is one of them, `prompt_seeds` may be
                K:int # Noises of each row
-              )->dict: # Name → `(K·R, …)`, with new `seeds`, and the number `k` of each row's noise
+              )->dict: # Name → `(K·R, …)`, with seeds for each noise, and its number `k`
     "Each finished sample once for each of its noises"
     more = {c: v.repeat(K, *[1]*(v.ndim - 1)) for c, v in rows.items()}
-    seeds = candidate_seeds(rows['seeds'], K)
-    k = torch.arange(K)[:, None].expand_as(seeds)
-    return more | dict(seeds=flat(seeds), k=flat(k))
+    own = {c: flat(candidate_seeds(v, K)) for c, v in rows.items() if c in ('seeds', 'prompt_seeds')}
+    k = torch.arange(K)[:, None].expand(K, len(rows['seeds']))
+    return more | own | dict(k=flat(k))
 
 # %% ../../nbs/08_methods/02_parts.ipynb #f0462f21
 def path_rows(paths # `Paths` of `n` candidates
