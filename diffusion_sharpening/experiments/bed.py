@@ -94,7 +94,8 @@ def learnt(arm:Arm, # A method
     job = job_of(arm.method, bed.model, bed.reward, bed.world.name, None, arm.preset, 2, None, bed.S, changes,
                  eta=bed.eta)
     looks = max(LOOKS, round(bed.budget/OFTEN))
-    watch = Validate(bed.prompts[:96], judges(job.judge, bed.prompts, bed.model), max(1, steps//looks), bed.S)
+    watch = Validate(bed.prompts[:96], judges(job.judge, bed.prompts, bed.model), max(1, steps//looks),
+                     bed.S)
     s = train(job.model, job.method, job.judge, job.source, job.run, [watch])
     if s.stop:                                                  # half a training is no result
         signal.raise_signal(signal.Signals[s.stop])
