@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""Run `sharpen experiment` and keep what it came to as data/results/FOLDER.json, FOLDER being the last part of
-`--out`, by itself NAME-MODEL:
+"""Run `sharpen experiment` and keep what it came to as data/results/FOLDER.json, where FOLDER is the last part
+of `--out`, by itself NAME-MODEL:
 `python nbs/_dev/experiments.py NAME [options of sharpen experiment]`"""
 import sys
 from pathlib import Path
