@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Run `sharpen experiment` and keep what it came to as data/results/FOLDER.json, where FOLDER is the last part
-of `--out`, by itself NAME-MODEL:
-`python nbs/_dev/experiments.py NAME [options of sharpen experiment]`"""
+"""Run `sharpen experiment` and keep what it came to as data/results/FOLDER.json:
+`python nbs/_dev/experiments.py NAME [options of sharpen experiment]`
+
+FOLDER is the last part of `--out`, by itself NAME-MODEL."""
 import sys
 from pathlib import Path
 import torch
