@@ -122,7 +122,9 @@ EXPERIMENTS = dict(
     table2={'standard (n = 1)': ARMS['standard']} | sweep('n', (2, 3, 4, 8)),
     table3=sweep('m', (1, 2, 3, 4, 8)),
     fractions={'GRAFT': Arm('graft', own=GRAFTED)} | {
-        f'P-GRAFT, {f:g}': Arm('p_graft', own=GRAFTED | dict(ft_fraction=f)) for f in (.75, .5, .25)})
+        f'P-GRAFT, {f:g}': Arm('p_graft', own=GRAFTED | dict(ft_fraction=f)) for f in (.75, .5, .25)},
+    once={'GRAFT': Arm('graft', own=GRAFTED),
+          'GRAFT, each once': Arm('graft', own=GRAFTED | dict(once=True))})
 
 # %% ../../nbs/14_experiments/10_arms.ipynb #77f88a9d
 def arms_of(name:str, # One of `EXPERIMENTS`

@@ -81,7 +81,7 @@ def tries_of(folder:str, # Of an experiment
 
 # %% ../../nbs/14_experiments/14_command.ipynb #9eee2674
 def experiment(
-    name:str, # comparison, table1, table2, table3 or fractions
+    name:str, # comparison, table1, table2, table3, fractions or once
     model:str=None, # An embedded model, of whose world there is an exam; None: the first
     reward:str=None, # The reward that is followed; None: the model's usual one
     budget:float=30000., # Network evaluations of a training; a pass with gradient counts three

@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""Run `sharpen experiment` and keep what it came to as data/results/NAME-MODEL.json, with `--eta 0` as
-NAME-MODEL-eta0.json:
-`python nbs/_dev/experiments.py NAME [options of sharpen experiment]`"""
+"""Run `sharpen experiment` and keep what it came to as data/results/FOLDER.json:
+`python nbs/_dev/experiments.py NAME [options of sharpen experiment]`
+
+FOLDER is the last part of `--out`, by itself NAME-MODEL."""
 import sys
+from pathlib import Path
 import torch
 from diffusion_sharpening.commands.cli import parser
 from diffusion_sharpening.experiments.command import experiment, said
@@ -14,8 +16,6 @@ def main():
     a.pop('json', None)
     rep = experiment(**a)
     print(said(rep))
-    name, eta = f"{rep['asked']['experiment']}-{rep['asked']['model']}", rep['asked']['eta']
-    if eta is not None: name += f'-eta{eta:g}'
-    write(name, {k: v for k, v in rep.items() if k != 'out'})
+    write(Path(rep['out']).name, {k: v for k, v in rep.items() if k != 'out'})
 
 if __name__ == '__main__': main()
