@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['by_exam', 'comparison_table', 'measures_table', 'hacked', 'draw_changes', 'draw_trade', 'mean_curve', 'draw_learning',
-           'spent_until', 'recorded', 'recorded_table']
+           'spent_until', 'results_of', 'results_table']
 
 # %% ../../nbs/14_experiments/13_show.ipynb #6a2bf310
 from ..basics.console import columns
@@ -155,8 +155,8 @@ def spent_until(arm:dict, # Of `compared`
     return next((s for s, m in zip(spent, means) if m >= level), None)
 
 # %% ../../nbs/14_experiments/13_show.ipynb #d12dc6cb
-def recorded(method:str # Name of a method
-            )->list: # Of a dict with `world`, `arm`, `seeds`, and of `reward` and `exam` name and change
+def results_of(method:str # Name of a method
+              )->list: # Of a dict with `world`, `arm`, `seeds`, and of `reward` and `exam` name and change
     "What a method came to in the recorded comparisons of more than one seed, in each world, all presets"
     rows = []
     for world in WORLDS:
@@ -169,7 +169,7 @@ def recorded(method:str # Name of a method
     return rows
 
 # %% ../../nbs/14_experiments/13_show.ipynb #0ccbc259
-def recorded_table(rows:list # From `recorded`
+def results_table(rows:list # From `results_of`
                   )->str:
     "Changes of the reward that was followed and of the exam, with their 95 % intervals, as text"
     said = lambda name, change: f"{name} {shown(change, '+', over='')}"
