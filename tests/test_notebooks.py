@@ -126,6 +126,12 @@ def test_has_exercises(path):
     assert computed and all(c['metadata'].get('jupyter', {}).get('source_hidden') for c in computed)
     assert any(checks.search(c['src']) for c in computed)
 
+@pytest.mark.parametrize('path', [p for p in taught if p.parent.name != '04_rewards'],
+                         ids=lambda p: p.relative_to(nbs).as_posix())
+def test_has_a_picture(path):
+    "Maths, methods and searches are drawn on their pages"
+    assert pictures(read(path))
+
 def test_readme_is_up_to_date(monkeypatch):
     monkeypatch.syspath_prepend(str(nbs/'_dev'))
     assert importlib.import_module('make_readme').main(check=True), "run make readme"
