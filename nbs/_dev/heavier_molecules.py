@@ -54,7 +54,7 @@ def main():
     spent, model = time.process_time() - began, MoleculeModel(net.eval())
     known, trained = keys(graphs), {*keys(train).tolist()}
     asked = {'nothing': [ANY]*a.many, 'held-out compositions': molecule_prompts(held, a.many, 1)}
-    rows = [dict(asked=k, eta=eta) | measured(model, texts, trained, known, eta)
+    rows = [dict(prompts=k, eta=eta) | measured(model, texts, trained, known, eta)
             for k, texts in asked.items() for eta in (0., 1.)]
     size = sum(p.numel() for p in net.parameters())
     write(f'molecules-{a.heavy}', dict(
