@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['by_exam', 'comparison_table', 'measures_table', 'hacked', 'draw_changes', 'draw_trade', 'mean_curve', 'draw_learning',
-           'spent_until']
+           'spent_until', 'results_of', 'results_table']
 
 # %% ../../nbs/14_experiments/13_show.ipynb #6a2bf310
 from ..basics.console import columns
+from ..basics.files import read_json
 from ..basics.stats import shown
+from .arms import ARMS
 from .compare import FALL
+from ..worlds.world import WORLDS, weights
 
 # %% ../../nbs/14_experiments/13_show.ipynb #c76ae503
 def by_exam(found:dict, # From `compared`
@@ -150,3 +153,26 @@ def spent_until(arm:dict, # Of `compared`
     "What an arm had spent when it was first seen at a level"
     spent, means = mean_curve(arm['curve'], judge)
     return next((s for s, m in zip(spent, means) if m >= level), None)
+
+# %% ../../nbs/14_experiments/13_show.ipynb #d12dc6cb
+def results_of(method:str # Name of a method
+              )->list: # Of a dict with `world`, `arm`, `seeds`, and of `reward` and `exam` name and change
+    "What a method came to in the recorded comparisons of more than one seed, in each world, all presets"
+    rows = []
+    for world in WORLDS:
+        file = weights('results')/f'comparison-{world}.json'
+        rep = read_json(file) if file.exists() else dict(arms={})
+        named = lambda o, k: (rep[k], o['change'][rep[k]])
+        of = {k: o for k, o in rep['arms'].items() if k in ARMS and ARMS[k].method == method}
+        rows += [dict(world=world, arm=k, seeds=len(o['seed']), reward=named(o, 'followed'),
+                      exam=named(o, 'exam')) for k, o in of.items() if len(o['seed']) > 1]
+    return rows
+
+# %% ../../nbs/14_experiments/13_show.ipynb #0ccbc259
+def results_table(rows:list # From `results_of`
+                  )->str:
+    "Changes of the reward that was followed and of the exam, with their 95 % intervals, as text"
+    said = lambda name, change: f"{name} {shown(change, '+', over='')}"
+    head = ['world', 'arm', 'seeds', 'reward', 'exam']
+    return columns([head, *[[r['world'], r['arm'], str(r['seeds']), said(*r['reward']), said(*r['exam'])]
+                            for r in rows]])
