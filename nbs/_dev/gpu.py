@@ -2,21 +2,7 @@
 import json, math, os, time
 from pathlib import Path
 import torch
-
-# Left to AdamW
-OUTER = 'embedding.weight', 'position', 'class_embedding', 'conv_in', 'conv_out', 'visual.conv1'
-
-def orthogonal(G, steps=5):
-    "Matrices `(n, a, b)`, a ≤ b, with the singular directions of `G` and singular values near 1"
-    X = G.bfloat16(); X = X/(X.float().flatten(1).norm(dim=1)[:, None, None] + 1e-7).bfloat16()
-    for _ in range(steps):
-        A = X@X.mT; B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
-        X = torch.baddbmm(X, B, X, beta=3.4445)
-    return X.float()
-
-def inner(name, p): # Does Muon move it?
-    wide = p.ndim > 1 and min(len(p), p[0].numel()) >= 16
-    return wide and not any(o in name for o in OUTER)
+from diffusion_sharpening.models.muon import inner, orthogonal
 
 class Optimiser:
     """Float32 weights of a network that computes in another precision, moved by Muon (arXiv 2502.16982) and
