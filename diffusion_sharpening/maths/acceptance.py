@@ -16,20 +16,20 @@ from .choice import accept
 def _luck(seeds): # A number in (0, 1) of each sample
     return (stream(seeds, 'luck') % 2**24 + .5)/2**24
 
-def accept_classical(R:Tensor, # Rewards `(M, B)`
-                     seeds:Tensor, # int64 `(M, B)`
+def accept_classical(R:Tensor, # Rewards `(n, B)`
+                     seeds:Tensor, # int64 `(n, B)`
                      alpha:float, # Temperature, in units of the reward
                      best:float=None # Largest possible reward; None: that of the samples of the prompt
-                    )->Tensor: # bool `(M, B)`
+                    )->Tensor: # bool `(n, B)`
     "Rejection sampling: accept with chance `exp((R - best)/alpha)`"
     top = R.amax(0) if best is None else best
     if (R > top).any(): raise ValueError(f'best: expected no reward above {best}, found {R.max():.4g}')
     return _luck(seeds).to(R.device) < ((R - top)/alpha).exp()
 
 # %% ../../nbs/02_maths/08_acceptance.ipynb #0fc65327
-def accept_chance(R:Tensor, # Rewards in [0, 1] `(M, B)`
-                  seeds:Tensor # int64 `(M, B)`
-                 )->Tensor: # bool `(M, B)`
+def accept_chance(R:Tensor, # Rewards in [0, 1] `(n, B)`
+                  seeds:Tensor # int64 `(n, B)`
+                 )->Tensor: # bool `(n, B)`
     "The reward is the chance to be accepted"
     if not ((R >= 0) & (R <= 1)).all():
         raise ValueError('rewards as chances: expected values in [0, 1], '
@@ -37,25 +37,25 @@ def accept_chance(R:Tensor, # Rewards in [0, 1] `(M, B)`
     return _luck(seeds).to(R.device) < R
 
 # %% ../../nbs/02_maths/08_acceptance.ipynb #0500503b
-def accept_above(R:Tensor, # Rewards `(M, B)`
+def accept_above(R:Tensor, # Rewards `(n, B)`
                  least:float # What is good enough
-                )->Tensor: # bool `(M, B)`
+                )->Tensor: # bool `(n, B)`
     "Accept what reaches a threshold"
     return R >= least
 
 # %% ../../nbs/02_maths/08_acceptance.ipynb #bde63ce5
-def accept_softmax(R:Tensor, # Rewards `(M, B)`
-                   seeds:Tensor, # int64 `(M, B)`
+def accept_softmax(R:Tensor, # Rewards `(n, B)`
+                   seeds:Tensor, # int64 `(n, B)`
                    tau:float # Temperature, in units of the reward
-                  )->Tensor: # bool `(M, B)`, one for each prompt
+                  )->Tensor: # bool `(n, B)`, one for each prompt
     "Accept one sample of each prompt, drawn with probabilities `softmax(R/tau)`"
     gumbel = -(-_luck(seeds).to(R.device).log()).log()
     return torch.zeros_like(R, dtype=torch.bool).scatter_(0, (R/tau + gumbel).argmax(0)[None], True)
 
 # %% ../../nbs/02_maths/08_acceptance.ipynb #23d1a025
-def once(ok:Tensor, # bool `(M, B)`: accepted
-         keys:Tensor # Equal for equal samples `(M, B)`
-        )->Tensor: # bool `(M, B)`
+def once(ok:Tensor, # bool `(n, B)`: accepted
+         keys:Tensor # Equal for equal samples `(n, B)`
+        )->Tensor: # bool `(n, B)`
     "Of equal accepted samples of a prompt, the first alone"
     same = (keys[:, None] == keys[None]) & ok[None]
     before = torch.ones(len(ok), len(ok), dtype=torch.bool, device=ok.device).tril(-1)

@@ -81,11 +81,11 @@ def pick(
 
 # %% ../../nbs/02_maths/04_choice.ipynb #c472396e
 def accept(
-    R:Tensor, # Rewards `(M, B)`
+    R:Tensor, # Rewards `(n, B)`
     K:int, # How many to accept per prompt
-    seeds:Tensor # int64 `(M, B)`: seeds of the samples; they break ties
-) -> Tensor: # bool `(M, B)`, K per column
-    "Accept the `K` best of each prompt (GRAFT, Top-K of M)"
+    seeds:Tensor # int64 `(n, B)`: seeds of the samples; they break ties
+) -> Tensor: # bool `(n, B)`, K per column
+    "Accept the `K` best of each prompt (GRAFT, Top-K of n)"
     if not 1 <= K <= len(R): raise ValueError(f'K: expected 1…{len(R)} accepted per prompt, found {K}')
     if seeds.shape != R.shape:
         raise ValueError(f'seeds: expected shape {tuple(R.shape)}, found {tuple(seeds.shape)}')
