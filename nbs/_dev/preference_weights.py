@@ -49,7 +49,6 @@ def main():
     home, clip_home = out/'shapes-preference', out/'shapes-clip'
     if pairs: judge = fit_preference(pairs, home, clip_home, steps=args.steps, state=state)
     else: judge = Preference(home)
-    else: judge = Preference(out/'shapes-preference')
     fitted = time.time()
     rated, stars, _ = rated_shapes(args.rated)
     taste = fit_aesthetic(out/'shapes-aesthetic', rated, stars, out/'shapes-clip')
