@@ -160,12 +160,12 @@ def results_of(method:str # Name of a method
     "What a method came to in the recorded comparisons of more than one seed, in each world, all presets"
     rows = []
     for world in WORLDS:
-        file = weights('results')/f'comparison-{world}.json'
-        rep = read_json(file) if file.exists() else dict(arms={})
-        named = lambda o, k: (rep[k], o['change'][rep[k]])
-        of = {k: o for k, o in rep['arms'].items() if k in ARMS and ARMS[k].method == method}
-        rows += [dict(world=world, arm=k, seeds=len(o['seed']), reward=named(o, 'followed'),
-                      exam=named(o, 'exam')) for k, o in of.items() if len(o['seed']) > 1]
+        for file in sorted(weights('results').glob(f'comparison-{world}*.json')):
+            rep = read_json(file)
+            named = lambda o, k: (rep[k], o['change'][rep[k]])
+            of = {k: o for k, o in rep['arms'].items() if k in ARMS and ARMS[k].method == method}
+            rows += [dict(world=world, arm=k, seeds=len(o['seed']), reward=named(o, 'followed'),
+                          exam=named(o, 'exam')) for k, o in of.items() if len(o['seed']) > 1]
     return rows
 
 # %% ../../nbs/14_experiments/13_show.ipynb #0ccbc259
