@@ -431,6 +431,7 @@ def test_self_check_lets_half_precision_round(xl, monkeypatch):
         m = Denoiser.from_pretrained(xl, guidance=1., dtype=dtype, device='cpu').add_lora(2)
         b = Prompts(m, PROMPTS, 2).batch(0); check_start(m, b)
         with monkeypatch.context() as patch:
-            patch.setattr(Denoiser, 'output', lambda self, x, t, c: own(self, x, t, c)*(1 + .02*(len(x) == 1)))
+            off = lambda self, x, t, c: own(self, x, t, c)*(1 + .02*(len(x) == 1))
+            patch.setattr(Denoiser, 'output', off)
             if dtype == 'bfloat16': check_start(m, b); continue
             with pytest.raises(TrainingError, match='batched and single'): check_start(m, b)
