@@ -1,5 +1,5 @@
 "The engine from outside: killed and continued runs, signals, several processes, damaged checkpoints"
-import json, os, signal, subprocess, sys, time
+import json, os, signal, socket, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
@@ -49,10 +49,23 @@ def run(cmd):
     return subprocess.CompletedProcess(cmd, r.code, r.out, r.err)
 
 
-def many(n, cmd):
-    "The same command in `n` processes that talk over gloo"
+def launched(n, cmd):
+    "The same command in `n` processes that talk over gloo, started by torchrun"
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}']
     return run([*launch, *cmd[1:]])
+
+
+def many(n, cmd):
+    "The same in forks of this process, told what torchrun would tell them: no imports, half of the time"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        place = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(n),
+                     LOCAL_WORLD_SIZE=str(n))
+    all_of = [Child(*cmd[len(SHARPEN):], env=ENV | place | dict(RANK=str(k), LOCAL_RANK=str(k)))
+              for k in range(n)]
+    ends = [c.end(240) for c in all_of]
+    code = next((e.code for e in ends if e.code), 0)
+    return subprocess.CompletedProcess(cmd, code, ''.join(e.out for e in ends), ''.join(e.err for e in ends))
 
 
 def apart(a, b):
@@ -71,7 +84,7 @@ def alone(xl):
 
 
 def test_two_processes_equal_one(xl, alone):
-    r = many(2, command(xl, xl/'two')); assert r.returncode == 0, r.stderr[-2000:]
+    r = launched(2, command(xl, xl/'two')); assert r.returncode == 0, r.stderr[-2000:]
     assert r.stdout.count('all forwards, per update') == 1 and 'on 2 × ' in r.stdout       # the plan, once
     assert apart(alone, xl/'two') < 1e-2
     one, two = [[json.loads(l) for l in (d/'metrics.jsonl').read_text().splitlines()]

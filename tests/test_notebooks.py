@@ -132,6 +132,15 @@ def test_has_a_picture(path):
     "Maths, methods and searches are drawn on their pages"
     assert pictures(read(path))
 
+@pytest.mark.parametrize('chapter', ['02_maths', '08_methods'])
+def test_a_letter_has_one_meaning(chapter):
+    "No letter stands twice in the tables of letters of a chapter"
+    texts = '\n'.join(t for p in paths if p.parent.name == chapter for t in markdown(read(p)))
+    tables = re.findall(r'^\| (?:letter|symbol) \|.*\n((?:\|.*\n?)+)', texts, re.M)
+    rows = [line.split('|')[1] for table in tables for line in table.splitlines()]
+    letters = [o.strip() for row in rows for m in re.findall(r'\$([^$]+)\$', row) for o in m.split(',')]
+    assert len(letters) > 15 and [o for o in letters if letters.count(o) > 1] == []
+
 def test_readme_is_up_to_date(monkeypatch):
     monkeypatch.syspath_prepend(str(nbs/'_dev'))
     assert importlib.import_module('make_readme').main(check=True), "run make readme"
