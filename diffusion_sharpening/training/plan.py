@@ -61,6 +61,7 @@ class StandIn(Denoiser):
     def copy_adapter(self, src, dst): self.kept.append(dst)
     def blend_adapter(self, src, dst, rate): pass
     def trainable(self): return []
+    def keys(self, things): return torch.arange(things.shape[:-3].numel()).view(things.shape[:-3])
 
 # %% ../../nbs/12_training/06_plan.ipynb #90385fba
 class _Any(Reward):
