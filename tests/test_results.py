@@ -1,5 +1,5 @@
 "What data/results holds: numbers written by scripts through one function, or marked as older than that"
-import json, re, sys
+import ast, json, re, sys
 from pathlib import Path
 import pytest
 
@@ -39,6 +39,12 @@ def test_scripts_write_through_one_function():
     found = {k: m[0] for k, s in text.items() if k != Path(__file__).name and (m := by_hand.search(s))}
     assert found == {}
     assert by_hand.search("(root/'data'/'results'/'x.json').write_text(s)")       # what it looks for
+
+
+@pytest.mark.parametrize('path', sorted(dev.glob('*.py')), ids=lambda p: p.stem)
+def test_every_script_is_python(path):
+    "Scripts that only a person runs, now and then, can be read at least"
+    ast.parse(path.read_text(encoding='utf-8'))
 
 
 def test_write(results, tmp_path, monkeypatch, capsys):

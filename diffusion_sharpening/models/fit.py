@@ -15,6 +15,7 @@ import math
 import os
 import time
 import torch
+from .muon import adamw
 
 # %% ../../nbs/03_models/15_fit.ipynb #c12bdeb7
 def cosine_lr(k:int, # Update, from 0
@@ -36,23 +37,21 @@ def trapezoid_lr(k:int, # Update, from 0
     return min((k+1)/warm, 1., (steps-k)/(decay*steps))
 
 # %% ../../nbs/03_models/15_fit.ipynb #312f8e2a
-def _state(net, ema, opt, k):
-    named = dict(net.named_parameters())
+def _state(net, ema, opts, k):
     out = {f'net.{n}': p.detach() for n, p in net.state_dict().items()}
     out |= {f'ema.{n}': p for n, p in ema.items()}
-    for n, p in named.items():
-        for m in ('exp_avg', 'exp_avg_sq'):
-            if p in opt.state: out[f'{m}.{n}'] = opt.state[p][m]
+    held = {p: s for o in opts for p, s in o.state.items()}
+    out |= {f'opt.{m}.{n}': v for n, p in net.named_parameters() for m, v in held.get(p, {}).items()}
     return {n: v.contiguous().clone() for n, v in out.items()} | {'step': torch.tensor(k)}
 
 # %% ../../nbs/03_models/15_fit.ipynb #985f822d
-def _restore(path, net, ema, opt):
+def _restore(path, net, ema, opts):
     st = load_file(path); part = lambda s: {n[len(s)+1:]: v for n, v in st.items() if n.startswith(s+'.')}
-    net.load_state_dict(part('net')); ema.update(part('ema')); k = int(st['step'])
-    avg, sq = part('exp_avg'), part('exp_avg_sq')
-    for n, p in net.named_parameters():
-        if n in avg: opt.state[p] = dict(step=torch.tensor(float(k)), exp_avg=avg[n], exp_avg_sq=sq[n])
-    return k
+    net.load_state_dict(part('net')); ema.update(part('ema')); named = dict(net.named_parameters())
+    owner = {p: o for o in opts for g in o.param_groups for p in g['params']}
+    for key, v in part('opt').items():
+        m, n = key.split('.', 1); owner[named[n]].state[named[n]][m] = v
+    return int(st['step'])
 
 def _save(path, st):
     tmp = Path(f'{path}.tmp'); save_file(st, tmp); os.replace(tmp, path)
@@ -82,26 +81,26 @@ def fit(net:torch.nn.Module, # Trained in place; ends with the averaged weights
         lr:float, # Peak learning rate
         path, # State file (safetensors); continued if it exists
         decay:float=.999, # Of the moving average
-        wd:float=1e-2, # Weight decay
         save_every:int=200, # Updates between two writes of the state file
         log=None, # Path of a JSON-lines log
-        rate=cosine_lr # `(k, steps) -> factor` on the learning rate
+        rate=cosine_lr, # `(k, steps) -> factor` on the learning rate
+        optimisers=adamw # `(net, lr) -> list`: `adamw` or `muon`
        )->torch.nn.Module: # `net`, carrying the averaged weights
-    "Train with AdamW, resumable after a kill at any moment"
-    ps = [p for p in net.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(ps, lr=lr, betas=(.9, .99), weight_decay=wd, fused=True)
+    "Train, resumable after a kill at any moment"
+    ps, opts = [p for p in net.parameters() if p.requires_grad], optimisers(net, lr)
     ema = {n: p.detach().clone() for n, p in net.named_parameters()}
-    k0 = _restore(path, net, ema, opt) if Path(path).exists() else 0
+    k0 = _restore(path, net, ema, opts) if Path(path).exists() else 0
     bar, t0, seen = tqdm(range(k0, steps), initial=k0, total=steps, mininterval=5), time.time(), []
     for k in bar:
-        for g in opt.param_groups: g['lr'] = lr*rate(k, steps)
-        l = loss(net, k); opt.zero_grad(); l.backward()
-        torch.nn.utils.clip_grad_norm_(ps, 1.); opt.step()
+        for g in (g for o in opts for g in o.param_groups): g['lr'] = lr*rate(k, steps)
+        l = loss(net, k); net.zero_grad(); l.backward()
+        torch.nn.utils.clip_grad_norm_(ps, 1.)
+        for o in opts: o.step()
         d = min(decay, (k+1)/(k+10))
         for n, p in net.named_parameters(): ema[n].lerp_(p.detach(), 1-d)
         seen.append(l.detach())
         if (k+1) % 50 == 0: _note(log, bar, k+1, seen, t0); seen = []
-        if (k+1) % save_every == 0 or k+1 == steps: _save(path, _state(net, ema, opt, k+1))
+        if (k+1) % save_every == 0 or k+1 == steps: _save(path, _state(net, ema, opts, k+1))
     net.load_state_dict({n: ema.get(n, v) for n, v in net.state_dict().items()})
     return net
 

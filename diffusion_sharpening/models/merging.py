@@ -62,19 +62,20 @@ def merged(
     rank:int=None # At most; None: as many as the sum needs
 ) -> tuple: # Weights by name, rank (= alpha), and the error: the share of the change that is lost
     "The weighted sum of the changes that several adapters make, as one adapter"
-    layers, parts, size, lost = {}, 0., 0., 0.
+    layers, own, parts, size, lost = {}, 0., 0., 0., 0.
     for k, pairs in _pairs(adapters, weights).items():
         try: A, B = side_by_side(pairs)
         except ValueError as e: raise ValueError(f'merge: {k}: expected {e}; were they made for one model?')
+        own += sum(squared_size(a, b) for a, b, _ in pairs)
         parts += sum(squared_size(a, scale*b) for a, b, scale in pairs)
         size += squared_size(A, B)
         if rank is not None:
             A, B, l, _ = shortened(A, B, rank)
             lost += l
         layers[k] = A, B
-    if size <= CANCELLED**2*parts:
-        raise ValueError('merge: nothing is left of these adapters: their changes cancel, or are all 0')
+    if 0 < own and size <= CANCELLED**2*parts:
+        raise ValueError('merge: nothing is left of these adapters: their changes cancel')
     top = max(len(A) for A, _ in layers.values())
     named = {f'{k}.lora_{side}.weight': w for k, (A, B) in layers.items()
              for side, w in zip('AB', even(A, B, len(A), top))}
-    return named, top, (lost/size)**.5
+    return named, top, (lost/size)**.5 if size else 0.

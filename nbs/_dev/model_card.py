@@ -69,21 +69,20 @@ Apache-2.0 but for those.
 | folder | what it is, and how it is loaded | made by |
 |---|---|---|
 | `shapes-sdxl/` | a `StableDiffusionXLPipeline`: 64-pixel pictures, 8 × 8 × 12 latents, U-Net {unet:.1f} M \
-parameters, two CLIP text encoders, v-prediction; plain `StableDiffusionXLPipeline.from_pretrained` | `make \
-weights` |
+parameters, two CLIP text encoders, v-prediction; plain `StableDiffusionXLPipeline.from_pretrained` | \
+`nbs/_dev/gpu_base.py` |
 | `shapes-clip/` | an open_clip model that scores pictures of Shapes against captions; \
-`open_clip.create_model_and_transforms('local-dir:…/shapes-clip')`, the reward `clip@shapes` | `make \
-weights` |
+`open_clip.create_model_and_transforms('local-dir:…/shapes-clip')`, the reward `clip@shapes` | \
+`nbs/_dev/gpu_judges.py` |
 | `shapes-grader/` | a LLaVA of 0.3 M parameters that grades pictures of Shapes behind `transformers \
 serve`, the reward `mllm@shapes`; a coarse judge that hears wrong colours, half hears outlines and no \
 textures (`results/rewards-mllm.json`) | `make weights` |
 | `shapes-preference/` | a small ImageReward-style judge of pictures of Shapes, its towers begun from \
-`shapes-clip/`, trained on made-up choices; the reward `preference@shapes`; it begins as a CLIP score and \
-agrees with held-out choices about as often as the CLIP does (`results/rewards-preference.json`, \
-`results/order.json`) | `python nbs/_dev/preference_weights.py` |
+`shapes-clip/`, trained on made-up choices and near misses; the reward `preference@shapes` \
+(`results/judges.json`) | `nbs/_dev/gpu_judges.py` |
 | `shapes-aesthetic/` | one linear layer on the picture tower of `shapes-clip/`, fitted to the ratings of a \
 made-up taste (warm colours, patterned fills); the reward `aesthetic@shapes` \
-(`results/rewards-preference.json`) | the same command |
+(`results/rewards-preference.json`) | `python nbs/_dev/preference_weights.py` |
 | `layouts-model/` | a transformer of pages, .5 M parameters, with the spreads that the reward `tidy` \
 divides by; `sharpen demo --world layouts` | `make weights` |
 | `layouts-features/` | the features of layout-FID (ours), .2 M parameters: not those of any published score \
@@ -102,12 +101,13 @@ The tokenizers are trained on the same captions.
 
 ## Training
 
-60,000 image-caption pairs (seeds 0 and 1) of the training split; no held-out caption and none of the nine \
-held-out attribute pairs. On a virtual machine with two cores (AMD EPYC), one thread per model, fp32:
+Image-caption pairs of the training split, no held-out caption and none of the nine held-out attribute \
+pairs:
 
 {training}
 
-`make weights` trains all of it again from the start and can be interrupted and continued.
+`make weights` trains models of the same shape on a processor, in hours and on 60,000 pairs, and can be \
+interrupted and continued; they come out weaker.
 
 ## Scores
 

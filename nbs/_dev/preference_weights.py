@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Train `data/shapes-preference` and fit `data/shapes-aesthetic`, both on the towers of `data/shapes-clip`;
-started again after a stop, it goes on"""
+started again after a stop, it goes on. `--pairs 0` leaves the preference model as it is (that which ships was
+trained by gpu_judges.py) and measures it."""
 import argparse, time
 from pathlib import Path
 import torch
@@ -9,7 +10,7 @@ from diffusion_sharpening.worlds.shapes.ratings import rated_shapes
 from diffusion_sharpening.basics.stats import rank_correlation
 from diffusion_sharpening.basics.files import digest
 from diffusion_sharpening.rewards.clip import CLIPScore, find_clip
-from diffusion_sharpening.rewards.preference import fit_preference, pair_accuracy
+from diffusion_sharpening.rewards.preference import Preference, fit_preference, pair_accuracy
 from diffusion_sharpening.worlds.shapes.choices import shapes_choices
 from diffusion_sharpening.worlds.shapes.exam import by_category, check
 from diffusion_sharpening.worlds.shapes.recipe import drawn_choices
@@ -26,7 +27,7 @@ def with_checker(reward, pairs):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--pairs', type=int, default=6000, help="choices to train on (default %(default)s)")
+    p.add_argument('--pairs', type=int, default=6000, help="choices to learn; 0: none (default %(default)s)")
     p.add_argument('--steps', type=int, default=800, help="updates (default %(default)s)")
     p.add_argument('--test', type=int, default=600,
                    help="choices about held-out captions to test on (default %(default)s)")
@@ -41,11 +42,13 @@ def main():
     work, out, start = Path(args.work), Path(args.out), time.time()
     work.mkdir(parents=True, exist_ok=True)
     vae = AutoencoderKL.from_pretrained(weights('shapes-sdxl')/'vae').eval()
-    pairs = drawn_choices(args.pairs, work, vae)
+    pairs = drawn_choices(args.pairs, work, vae) if args.pairs else []
     drawn = time.time()
     small = CLIPScore(weights('shapes-clip')); clip = digest(find_clip(weights('shapes-clip'))[2])
     state = work/f'state-{clip[:8]}-{args.pairs}-{args.steps}'        # a CLIP trained again starts a new run
-    judge = fit_preference(pairs, out/'shapes-preference', out/'shapes-clip', steps=args.steps, state=state)
+    home, clip_home = out/'shapes-preference', out/'shapes-clip'
+    if pairs: judge = fit_preference(pairs, home, clip_home, steps=args.steps, state=state)
+    else: judge = Preference(home)
     fitted = time.time()
     rated, stars, _ = rated_shapes(args.rated)
     taste = fit_aesthetic(out/'shapes-aesthetic', rated, stars, out/'shapes-clip')

@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 import torch, torch.nn.functional as F
 from ...models.fit import fit, picks, trapezoid_lr
+from ...models.muon import muon
 
 # %% ../../../nbs/05_worlds/shapes/03_base.ipynb #222751e6
 def to_unit(ims:torch.Tensor # uint8 pictures
@@ -95,7 +96,8 @@ def train_autoencoder(ims:torch.Tensor, # uint8 pictures `(n, 3, 64, 64)`
     "Train the autoencoder and whiten its latents"
     work = Path(work); work.mkdir(parents=True, exist_ok=True)
     loss = autoencoder_loss(ims, int(.8*steps))
-    vae = fit(shapes_autoencoder(), loss, steps, 2e-3, work/'vae.state', decay=.995, log=work/'vae.jsonl')
+    vae = fit(shapes_autoencoder(), loss, steps, 3e-3, work/'vae.state', decay=.995, log=work/'vae.jsonl',
+              optimisers=muon)
     vae.register_to_config(scaling_factor=1.)
     whiten(vae, encode_all(vae, ims[:4096]))
     vae.save_pretrained(work/'vae')
@@ -169,7 +171,7 @@ def train_base(latents:torch.Tensor, # `(n, 12, 8, 8)`
     pipe = shapes_sdxl(Path(work)/'untrained')
     ids = token_ids(pipe.tokenizer, texts), token_ids(pipe.tokenizer_2, texts)
     fit(Trainee(pipe).train(), base_loss(latents, ids), steps, 8e-4, Path(work)/'base.state', decay=.9995,
-        log=Path(work)/'base.jsonl', rate=trapezoid_lr)
+        log=Path(work)/'base.jsonl', rate=trapezoid_lr, optimisers=muon)
     pipe.register_modules(vae=vae)
     pipe.save_pretrained(Path(work)/'shapes-sdxl')
     return pipe

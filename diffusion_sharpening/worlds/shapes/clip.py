@@ -55,7 +55,7 @@ def near_miss(text:str, # A caption
 
 # %% ../../../nbs/05_worlds/shapes/04_clip.ipynb #09ef6faa
 CONFIG = dict(
-    embed_dim=128, vision_cfg=dict(image_size=64, patch_size=8, width=128, layers=4, head_width=32),
+    embed_dim=128, vision_cfg=dict(image_size=64, patch_size=8, width=192, layers=6, head_width=32),
     text_cfg=dict(context_length=20, vocab_size=0, width=128, heads=4, layers=3,
                   hf_tokenizer_name='shapes', tokenizer_kwargs={}))
 
