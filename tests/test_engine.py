@@ -55,13 +55,19 @@ def launched(n, cmd):
     return run([*launch, *cmd[1:]])
 
 
+def forget():
+    "accelerate keeps one state for a process, and a fork has that of the trainings its parent ran"
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def many(n, cmd):
     "The same in forks of this process, told what torchrun would tell them: no imports, half of the time"
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         place = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(n),
                      LOCAL_WORLD_SIZE=str(n))
-    all_of = [Child(*cmd[len(SHARPEN):], env=ENV | place | dict(RANK=str(k), LOCAL_RANK=str(k)))
+    all_of = [Child(*cmd[len(SHARPEN):], env=ENV | place | dict(RANK=str(k), LOCAL_RANK=str(k)), before=forget)
               for k in range(n)]
     ends = [c.end(240) for c in all_of]
     code = next((e.code for e in ends if e.code), 0)
