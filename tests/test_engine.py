@@ -67,8 +67,10 @@ def many(n, cmd):
         s.bind(('127.0.0.1', 0))
         place = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(n),
                      LOCAL_WORLD_SIZE=str(n))
-    all_of = [Child(*cmd[len(SHARPEN):], env=ENV | place | dict(RANK=str(k), LOCAL_RANK=str(k)), before=forget)
-              for k in range(n)]
+    def child(k):
+        own = dict(RANK=str(k), LOCAL_RANK=str(k))
+        return Child(*cmd[len(SHARPEN):], env=ENV | place | own, before=forget)
+    all_of = [child(k) for k in range(n)]
     ends = [c.end(240) for c in all_of]
     code = next((e.code for e in ends if e.code), 0)
     return subprocess.CompletedProcess(cmd, code, ''.join(e.out for e in ends), ''.join(e.err for e in ends))
