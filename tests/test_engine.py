@@ -62,7 +62,7 @@ def forget():
 
 
 def many(n, cmd):
-    "The same in forks of this process, told what torchrun would tell them: no imports, half of the time"
+    "The same in forks of this process, which have imported already, told what torchrun would tell them"
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         place = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE=str(n),
