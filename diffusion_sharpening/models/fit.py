@@ -48,8 +48,8 @@ def _state(net, ema, opts, k):
 def _restore(path, net, ema, opts):
     st = load_file(path); part = lambda s: {n[len(s)+1:]: v for n, v in st.items() if n.startswith(s+'.')}
     odd = sorted({n.split('.')[0] for n in st} - {'net', 'ema', 'opt', 'step'})
-    if odd: raise ValueError(f'{path}: expected a state of this trainer, found {", ".join(odd)} in it; remove '
-                             'it to begin anew')
+    if odd: raise ValueError(f'{path}: expected a state of this trainer, found {", ".join(odd)} in it; '
+                             'remove it to begin anew')
     net.load_state_dict(part('net')); ema.update(part('ema')); named = dict(net.named_parameters())
     owner = {p: o for o in opts for g in o.param_groups for p in g['params']}
     for key, v in part('opt').items():
