@@ -102,15 +102,16 @@ def without(changes:dict, more:dict # Settings, plain or with `run.` or `method.
 def check_plan(model, # `Denoiser`, or another model of its world
                method:str, preset:str, changes:dict, # As for `train`
                heldout:int, S_eval:int, # Prompts and sampler steps of the evaluation
-               vae:str=None # As for `train`
-              )->dict: # Name → value of the plan, which was printed; ValueError if it does not fit
+               vae:str=None, # As for `train`
+               tell:bool=True # Print the plan?
+              )->dict: # Name → value of the plan; ValueError if it does not fit
     "Say what a run will cost, and refuse one that does not fit"
     world, dev = int(os.environ.get('WORLD_SIZE', 1)), device_here(model.device)
     def rows(**more):
         return planned(model.source, method, preset, dev, model.size[1], model.guidance, vae, world,
                        heldout=heldout, S_eval=S_eval, **without(changes, more) | more)
     found = rows()
-    if first_process(): print(plan_table(found))
+    if tell and first_process(): print(plan_table(found))
     got = {o['name']: o['value'] for o in found}
     if got['fits']: return got
     raise ValueError(f"plan: expected a run that fits in {dev.memory:.3g} GiB of {dev.name} with a fifth to "
@@ -138,7 +139,8 @@ class Job:
 def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:str, heldout:int,
            heldout_prompts:str, S_eval:int, changes:dict, px:int=None, guidance:float=None,
            variant:str=None, vae:str=None, # All as for `train`
-           eta:float=None # Fresh noise of each step; None: as for `load_model`
+           eta:float=None, # Fresh noise of each step; None: as for `load_model`
+           tell:bool=True # Print the plan?
           )->Job: # ValueError for what cannot be
     "Load everything that a run needs"
     check_sampler(guidance, eta, S_eval=S_eval)
@@ -154,7 +156,7 @@ def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:st
     d = load_model(model, guidance, None, run.precision, px, variant, vae, eta)
     pairs = _opened(d, images, run) if own else images or world and world.name
     train_on, held, split = texts or prompts_of(prompts, heldout_prompts, n, run.seed, pairs.captions, images)
-    got = check_plan(d, method, preset, changes, len(held), S_eval, vae)
+    got = check_plan(d, method, preset, changes, len(held), S_eval, vae, tell)
     d.rollout_chunk, d.decode_chunk = got['rollout_chunk'], got['decode_chunk']
     pictures_at_once(d)                                          # or not one fits
     check_decode(d)

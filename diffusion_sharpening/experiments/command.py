@@ -13,8 +13,8 @@ from ..basics.words import brief
 from ..commands.load import base_of, check_sampler, output_folder, quiet
 from ..commands.provenance import provenance
 from .arms import Arm, arms_of
-from .bed import Bed, bed_of
-from .compare import compared
+from .bed import FEW, Bed, bed_of
+from .compare import TUNING, compared
 from .show import comparison_table, draw_changes, draw_learning, draw_trade
 from ..training.folder import locked
 
@@ -38,23 +38,25 @@ def begin(out:Path, # Folder of the experiment
     return was['git_commit']
 
 # %% ../../nbs/14_experiments/14_command.ipynb #5f43a6b5
-def runs_of(arms:dict, seeds:int, tune:bool # As for `experiment`
-           )->tuple: # Trainings of the full length that it comes to, and measurements
-    "What an experiment consists of; a try of the tuning is a third of a training"
+def runs_of(arms:dict, seeds:int, tune:bool, # As for `experiment`
+            looks:int=4 # During a training
+           )->tuple: # Trainings of the full length that it comes to, measurements, and those of `FEW` prompts
+    "What an experiment consists of; a try of the tuning is a third of a training and is not looked at"
     learn = [a for a in arms.values() if isinstance(a, Arm)]
     tries = tune*sum(3 + len(a.tries) for a in learn)
-    return len(learn)*seeds + tries/3, (len(arms) + 1)*seeds + tries
+    return len(learn)*seeds + tries/3, (len(arms) + 1)*seeds, tries + looks*len(learn)*seeds
 
 # %% ../../nbs/14_experiments/14_command.ipynb #4698583f
 def estimate(bed:Bed, arms:dict, seeds:int, tune:bool, # As for `experiment`
              seconds:float # That the base took to be measured
             )->str:
     "How long an experiment will take, from the time the base took"
-    trainings, looks = runs_of(arms, seeds, tune)
+    trainings, whole, small = runs_of(arms, seeds, tune, bed.looks)
     each = seconds/(bed.heldout*bed.S)
-    total = trainings*bed.budget*each + looks*seconds
-    return (f'{trainings:.0f} trainings of {bed.budget:g} evaluations and {looks} measurements: '
-            f'about {total/60:.0f} minutes here, where nothing is kept yet')
+    total = trainings*bed.budget*each + whole*seconds + small*min(FEW, bed.heldout)*bed.S*each
+    about = f'{total/60:.0f} minutes' if total > 90 else f'{total:.0f} seconds'
+    return (f'{trainings:.0f} trainings of {bed.budget:g} evaluations and {whole} measurements: '
+            f'about {about} here, where nothing is kept yet')
 
 # %% ../../nbs/14_experiments/14_command.ipynb #11bced3a
 def write_figures(found:dict, # From `compared`
@@ -86,7 +88,7 @@ def experiment(
     reward:str=None, # The reward that is followed; None: the model's usual one
     budget:float=30000., # Network evaluations of a training; a pass with gradient counts three
     seeds:int=3, # Runs of each arm
-    heldout:int=240, # Held-out prompts that are measured
+    heldout:int=960, # Held-out prompts that are measured
     tune:bool=True, # Tune each method first, with six short runs?
     quick:bool=False, # One seed, no tuning, a quarter of the budget, 96 prompts
     also:str=None, # Further judges, with commas between them
@@ -119,7 +121,7 @@ def experiment(
     return rep | dict(out=str(out))
 
 # %% ../../nbs/14_experiments/14_command.ipynb #1b88d620
-class _Said: # Says how long it will take, and then each run
+class _Said: # Says how long it will take, and then each run and try
     def __init__(self, bed, arms, seeds, tune): self.args, self.begun = (bed, arms, seeds, tune), False
     def __call__(self, name, rec):
         bed = self.args[0]
@@ -127,7 +129,8 @@ class _Said: # Says how long it will take, and then each run
         self.begun = True
         mean = {k: sum(v)/len(v) for k, v in rec['scores'].items()}
         said = ', '.join(f'{k} {v:.3f}' for k, v in mean.items())
-        print(f"seed {rec['seed']}  {name}: {said} ({rec['seconds']:.0f} s)", flush=True)
+        run = 'try' if rec['seed'] == TUNING else f"seed {rec['seed']}"
+        print(f"{run:6}  {name}: {said} ({rec['seconds']:.0f} s)", flush=True)
 
 # %% ../../nbs/14_experiments/14_command.ipynb #7a78290c
 def said(rep:dict # From `experiment`

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..basics.files import read_json, write_json
 from ..basics.stats import interval, over_seeds
 from .arms import Arm
-from .bed import Bed, record
+from .bed import FEW, Bed, record
 
 # %% ../../nbs/14_experiments/12_compare.ipynb #57ef2335
 def kept(file:Path, # JSON
@@ -44,15 +44,18 @@ def best_try(rows:list, # Records of tries
 def tuned(name:str, arm:Arm, # To tune
           bed:Bed, # Where it will be compared
           folder:Path, # For the tries
-          make:bool=True # Make those that are missing? Else `ValueError`
+          make:bool=True, # Make those that are missing? Else `ValueError`
+          done=lambda name, rec: None # Called after each try with its name and record
          )->Arm:
     "An arm with the settings that measured best in six tries at most"
-    small = replace(bed, budget=bed.budget/3, heldout=min(96, bed.heldout), split='train', looks=0)
+    small = replace(bed, budget=bed.budget/3, heldout=min(FEW, bed.heldout), split='train', looks=0)
     exam, reward = bed.world.exam.name, bed.followed.name
     def run(label, a):
         file = folder/name_of(label, TUNING)
         if not (make or file.exists()): raise ValueError(f'like: expected the try {file.name} in {folder}')
-        return kept(file, lambda: record(a, small, TUNING))
+        rec = kept(file, lambda: record(a, small, TUNING))
+        done(label, rec)
+        return rec
     base = run('base', None)
     def choose(arms):
         rows = [run(f'{name} {k}', a) for k, a in arms.items()]
@@ -85,7 +88,7 @@ def compared(arms:dict, # Name → `Arm` or `Searched`
              seeds:list, # Of the runs
              folder:Path, # For the records
              tune:bool=True, # Tune the arms that learn first?
-             done=lambda name, rec: None, # Called after each run with its name and record
+             done=lambda name, rec: None, # Called after each run and try with its name and record
              tries:Path=None # Folder of the tries of another experiment to go by; None: its own
             )->dict: # Name → as from `against`, and the settings it `took`; the base is one of them
     "Run all arms with all seeds, and compare them with the base"
@@ -95,11 +98,11 @@ def compared(arms:dict, # Name → `Arm` or `Searched`
         done(name, rec)
         return rec
     learns = {k for k, a in arms.items() if isinstance(a, Arm)}
-    by = dict(folder=tries or folder/'tries', make=not tries)
+    by = dict(folder=tries or folder/'tries', make=not tries, done=done)
+    found = {'base': [run('base', None, seed) for seed in seeds]}
     arms = {k: tuned(k, a, bed, **by) if tune and k in learns else a for k, a in arms.items()}
-    found = {}
     for seed in seeds:                                   # all arms with a seed, then the next
-        for name, arm in {'base': None, **arms}.items():
+        for name, arm in arms.items():
             found.setdefault(name, []).append(run(name, arm, seed))
     took = {k: dict(took=dict(lr=arms[k].lr) | arms[k].own) if k in learns else {} for k in found}
     return {k: against(v, found['base']) | took[k] for k, v in found.items()}
