@@ -3,7 +3,7 @@
 data/results/searches.json
 
 `python nbs/_dev/searches.py --n 12` makes what is missing, a part for each search, budget and seed in
-runs/searches, sharpened models first (runs/sharpened, as `sharpen demo` trains them, one for each seed), and
+runs/searches, with sharpened models (runs/sharpened, as `sharpen demo` trains them, one for each seed), and
 puts together what all seeds have; stop it at any time and start it again. `--only gather` only puts together.
 With 12 captions it takes about 45 minutes of one core."""
 import argparse, time
@@ -69,10 +69,11 @@ def file_of(a, name, k, seed):
     return parts/f"{a.n}-{a.S}-{name.replace(', ', '-').replace(' ', '_')}-{k}-{seed}.json"
 
 def order(a):
-    "Budget, seed and name of every part: the sharpened models, then small budgets first"
+    "Budget, seed and name of every part: small budgets first, the sharpened models once there is one to search"
     seeds = range(a.seeds)
-    sharp = [(k, s, SHARP) for s in seeds for k in BUDGETS if k <= 8]
-    return sharp + [(k, s, name) for k in BUDGETS for s in seeds for name in NAMES]
+    plain = [(k, s, name) for k in BUDGETS for s in seeds for name in NAMES if name != SHARP]
+    sharp = [(k, s, SHARP) for s in seeds for k in BUDGETS]
+    return sorted(plain + sharp, key=lambda o: (o[0] > 8, o[2] == SHARP))
 
 def run(a):
     "Make what is missing"
