@@ -2,9 +2,9 @@
 """Molecules as points in space instead of graphs, for an hour: data/results/molecules-space.json
 
 `python nbs/_dev/molecules_in_space.py --source WHEEL` trains a transformer on elements and coordinates,
-hydrogen included, of the molecules of QM9 with at most seven heavy atoms, each turned by chance whenever it is
-seen; then it measures what comes out by EDM's rule, and as graphs beside the graph model that ships. The run is
-kept in runs/molecules-space and goes on where it was."""
+hydrogen included, of the molecules of QM9 with at most seven heavy atoms, each turned by chance whenever it
+is seen; then it measures what comes out by EDM's rule, and as graphs beside the graph model that ships. The
+run is kept in runs/molecules-space and goes on where it was."""
 import argparse
 from pathlib import Path
 import torch
@@ -58,7 +58,7 @@ def read(work, source):
     return torch.load(file)
 
 def as_points(samples):
-    "Shares of atoms and of molecules that are stable by EDM's rule, and the heavy graphs of those that have one"
+    "Shares of atoms and molecules that are stable by EDM's rule, and the heavy graphs of those that have one"
     got = [molecule(x) for x in samples]
     stable = [atom_stable(a, bond_orders(a, x)) for a, x in got]
     whole = [len(a) > 0 and bool(molecule_stable(a, bond_orders(a, x))) for a, x in got]
@@ -75,7 +75,7 @@ def measured(samples, texts, trained, known, in_space):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--source', help='folder of the tables of qm9pack, or its wheel; else the installed package')
+    p.add_argument('--source', help='folder of tables of qm9pack, or its wheel; else the installed package')
     p.add_argument('--updates', type=int, default=12000)
     p.add_argument('--many', type=int, default=512, help='molecules to measure')
     a = p.parse_args()
