@@ -264,7 +264,7 @@ def _saved(f, net): # GiB that the graph of `f` keeps, weights apart
     def pack(t):
         s = t.untyped_storage()
         seen[s.data_ptr()] = s.nbytes()
-        return t
+        return t.detach()              # t itself would hold the graph that holds it, for ever
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = f()
     return sum(v for k, v in seen.items() if k not in own)/2**30
 
