@@ -107,7 +107,7 @@ def save_pipeline(self:SetModel,
 
 # %% ../../nbs/03_models/19_set_model.ipynb #da757ac0
 def noise_loss(schedule, # Of the model
-               items:Tensor, # `(N, n, numbers)`
+               items:Tensor, # `(N, things, numbers)`
                told:Tensor, # What the network is told of each prompt `(N, told)`
                batch:int=64, # Items per update
                drop:float=.5, # Share of prompts left out
