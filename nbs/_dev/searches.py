@@ -69,11 +69,10 @@ def file_of(a, name, k, seed):
     return parts/f"{a.n}-{a.S}-{name.replace(', ', '-').replace(' ', '_')}-{k}-{seed}.json"
 
 def order(a):
-    "Budget, seed and name of every part: small budgets first, the sharpened models once there is one to search"
+    "Budget, seed and name of every part: small budgets first, and last the models that are trained for it"
     seeds = range(a.seeds)
     plain = [(k, s, name) for k in BUDGETS for s in seeds for name in NAMES if name != SHARP]
-    sharp = [(k, s, SHARP) for s in seeds for k in BUDGETS]
-    return sorted(plain + sharp, key=lambda o: (o[0] > 8, o[2] == SHARP))
+    return plain + [(k, s, SHARP) for s in seeds for k in BUDGETS]
 
 def run(a):
     "Make what is missing"
