@@ -144,3 +144,15 @@ def test_a_letter_has_one_meaning(chapter):
 def test_readme_is_up_to_date(monkeypatch):
     monkeypatch.syspath_prepend(str(nbs/'_dev'))
     assert importlib.import_module('make_readme').main(check=True), "run make readme"
+
+def test_the_figure_for_a_phone_is_that_of_the_page(monkeypatch):
+    "Its pictures are those of the wide one, one under the other and begun at one column"
+    from PIL import Image, ImageChops, ImageOps
+    monkeypatch.syspath_prepend(str(nbs/'_dev'))
+    figures = nbs.parent/'figures'
+    want = importlib.import_module('make_readme').narrowed(figures/'demo.png')
+    kept = Image.open(figures/'demo-narrow.png').convert('RGB')
+    assert kept.size == want.size and not ImageChops.difference(kept, want).getbbox(), 'run make readme'
+    w, h = want.width, want.height//2
+    begun = {ImageOps.invert(want.crop((0, y, w, y + h)).convert('L')).getbbox()[0] for y in (0, h)}
+    assert len(begun) == 1

@@ -63,14 +63,20 @@ def cell_text(c):
         elif text: res.append(f'```\n{text}\n```')
     return '\n\n'.join(res)
 
-def narrow(path):
-    "A figure of two columns for a phone: the right one under the left, beside it as `NAME-narrow.png`"
-    from PIL import Image
+def narrowed(path):
+    "A figure of two columns for a phone: the right one under the left, each begun where its picture begins"
+    from PIL import Image, ImageOps
     wide = Image.open(path).convert('RGB')
     w, h = wide.width//2, wide.height
-    out = Image.new('RGB', (w, 2*h), 'white')
-    for i in range(2): out.paste(wide.crop((i*w, 0, (i + 1)*w, h)), (0, i*h))
-    out.quantize(256).save(path.with_name(f'{path.stem}-narrow.png'), optimize=True)
+    parts = [wide.crop((x, 0, x + w, h)) for x in (0, w)]
+    drawn = [ImageOps.invert(o.convert('L')).getbbox() for o in parts]
+    out = Image.new('RGB', (max(r - l for l, _, r, _ in drawn) + 10, 2*h), 'white')
+    for i, (o, (l, _, r, _)) in enumerate(zip(parts, drawn)): out.paste(o.crop((l, 0, r, h)), (5, i*h))
+    return out
+
+def narrow(path):
+    "Beside a figure its form for a phone, as `NAME-narrow.png`"
+    narrowed(path).save(path.with_name(f'{path.stem}-narrow.png'), optimize=True)
 
 def readme(nb):
     "The text of README.md"
