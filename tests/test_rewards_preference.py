@@ -10,7 +10,7 @@ from diffusion_sharpening.worlds.world import weights
 from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.rewards.clip import read_clip
 from diffusion_sharpening.rewards.preference import (
-    Preference, fit_preference, freeze, new_scorer, pair_accuracy, pairs_loss, split_pairs)
+    Preference, fit_preference, freeze, new_scorer, pair_accuracy, pairs_loss, read_pairs, split_pairs)
 from diffusion_sharpening.worlds.shapes.choices import degrade, shapes_choices
 from diffusion_sharpening.worlds.shapes.draw import held_out, picture
 
@@ -121,6 +121,14 @@ def test_broken_folders(tmp_path, file, content, what):
     (tmp_path/'p'/file).write_bytes(content)
     with pytest.raises(ValueError, match=what) as e: Preference(tmp_path/'p')
     assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('end', '\x85\u2028\u2029')
+def test_a_prompt_may_hold_other_ends_of_lines(tmp_path, end):
+    for name in 'ab': save(torch.zeros(3, 8, 8), tmp_path/f'{name}.png')
+    row = dict(prompt=f'a cat,{end}a dog', better='a.png', worse='b.png')
+    (tmp_path/'pairs.jsonl').write_text(json.dumps(row, ensure_ascii=False) + '\n', encoding='utf-8')
+    assert [o[0] for o in read_pairs(tmp_path/'pairs.jsonl')] == [row['prompt']]
 
 
 def test_choices_follow_bradley_terry():

@@ -7,6 +7,7 @@ from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.widgets.curation import Curation
 from diffusion_sharpening.widgets.explorer import BRANCHES, explore, winners
 from diffusion_sharpening.widgets.study import Study, sampled, save_choices, tally
+from diffusion_sharpening.widgets.views import ExplorerView, StudyView
 from shared import PROMPTS, Bright, go
 
 def test_answers_train_d3po(made, tmp_path):
@@ -45,6 +46,22 @@ def test_a_spoiled_file_of_answers_is_named(tmp_path, text):
         Study([('a', 1, 2)]*3, path)
     assert path.read_text() == before
 
+@pytest.mark.parametrize('end', '\x85\u2028\u2029')
+def test_a_prompt_may_hold_other_ends_of_lines(tmp_path, end):
+    "Characters that are no line feed do not end a line of the answers"
+    pairs = [(f'a cat,{end}a dog', 1, 2)]*3
+    Study(pairs, tmp_path/'answers.jsonl').answer('left')
+    again = Study(pairs, tmp_path/'answers.jsonl')
+    assert again.at == 1 and save_choices(again, tmp_path/'choices.jsonl') == 1
+
+def test_answers_under_other_names_are_of_another_study(tmp_path):
+    "Or all answers would count for nobody"
+    pairs = [('a', 1, 2)]*3
+    Study(pairs, tmp_path/'answers.jsonl', names=('before', 'after')).answer('left')
+    Study(pairs, tmp_path/'answers.jsonl', names=('before', 'after'))
+    with pytest.raises(ValueError, match='line 1: expected an answer of this study'):
+        Study(pairs, tmp_path/'answers.jsonl', names=('base', 'mine'))
+
 def test_sides_say_nothing(tmp_path):
     "Over many pairs each side is on the left about as often, and who always presses ← prefers nobody"
     study = Study([('a', 1, 2)]*400, tmp_path/'answers.jsonl', names=('old', 'new'))
@@ -61,6 +78,32 @@ def test_foreign_files_stay(tmp_path):
     mine.mark(0, True)
     mine.mark(0, False)
     assert [p.name for p in (tmp_path/'accepted').iterdir()] == ['mine.png']
+
+@pytest.mark.parametrize('text', ['[1]', '{}', '{"prompts": ["b"], "marks": [true]}'])
+def test_marks_of_something_else_are_named(tmp_path, text):
+    (tmp_path/'accepted.json').write_text(text)
+    with pytest.raises(ValueError, match='accepted.json: expected marks of these prompts'):
+        Curation(['a'], torch.zeros(1, 3, 8, 8), tmp_path/'accepted')
+
+def test_a_study_that_is_done_asks_nothing(tmp_path):
+    "Opened again it shows the result and no empty pictures; one answer taken back, it asks"
+    pytest.importorskip('ipywidgets')
+    study = Study([('a', 1, 2)], tmp_path/'answers.jsonl')
+    study.answer('left')
+    view = StudyView(Study(study.pairs, study.path), lambda prompt, what: b'')
+    assert view.said.value.startswith('All answered') and view.pair.layout.display == 'none'
+    view.press('undo')
+    assert view.pair.layout.display is None and 'Which is better' in view.prompt.value
+
+@pytest.mark.parametrize('error', [ValueError('too many'), RuntimeError('Overflow'), KeyError('a')])
+def test_whatever_the_explorer_meets_is_said(error):
+    "Errors in a callback of Jupyter go to a log that nobody sees"
+    pytest.importorskip('ipywidgets')
+    class Broken:
+        def encode(self, prompts): raise error
+    view = ExplorerView(Broken(), None)
+    view.run.click()
+    assert str(error).strip("'") in view.said.value
 
 def test_every_branch_is_explored(made):
     "Each way to branch, with the last estimates being what the path ends in"

@@ -11,6 +11,7 @@ import itertools, json, math, random, re, tempfile, torch, torch.nn.functional a
 from pathlib import Path
 from torch import Tensor, nn
 from ..basics.pictures import read_picture
+from ..basics.texts import lines_of
 from ..models.fit import fit, picks
 from .protocol import Reward, as_images
 from .clip import Tower, find_clip, preprocess, read_clip
@@ -22,7 +23,7 @@ def read_pairs(path # JSON-lines file with `prompt`, `better` and `worse`
     "Ranked pairs from a file"
     path, rows = Path(path), []
     if not path.is_file(): raise ValueError(f'preference: no such file: {path}')
-    for i, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+    for i, line in enumerate(lines_of(path), 1):
         if not line.strip(): continue
         try: row = json.loads(line)
         except ValueError: row = None

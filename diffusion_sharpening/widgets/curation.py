@@ -29,7 +29,7 @@ class Curation:
 
     def _read(self):
         found = read_json(self.notes)
-        if found['prompts'] != self.prompts:
+        if not isinstance(found, dict) or found.get('prompts') != self.prompts:
             raise ValueError(f'{self.notes}: expected marks of these prompts, found those of others')
         return found['marks']
 

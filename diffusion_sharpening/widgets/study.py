@@ -12,6 +12,7 @@ from pathlib import Path
 from ..basics.files import write_whole
 from ..basics.pictures import as_png
 from ..basics.seeds import stream
+from ..basics.texts import lines_of
 from ..basics.words import one_of
 from ..methods.steps import whole_paths
 
@@ -40,10 +41,9 @@ class Study:
         self.answers = self._read() if self.path.exists() else []
 
     def _read(self):
-        lines = self.path.read_text(encoding='utf-8').splitlines()
-        rows = [_row(o, f'{self.path}, line {i}') for i, o in enumerate(lines, 1)]
+        rows = [_row(o, f'{self.path}, line {i}') for i, o in enumerate(lines_of(self.path), 1)]
         for i, r in enumerate(rows):
-            known = self._about(i) if i < len(self.pairs) else None
+            known = self._answered(i, r['answer']) if i < len(self.pairs) else None
             if known != {k: r.get(k) for k in known or ()}:
                 raise ValueError(f'{self.path}, line {i + 1}: '
                                  'expected an answer of this study, found one of another')
@@ -52,6 +52,10 @@ class Study:
     def _about(self, i):
         prompt, first, second = self.pairs[i]
         return dict(prompt=prompt, first=_plain(first), second=_plain(second), swapped=self.swapped(i))
+
+    def _answered(self, i, side):
+        won = 'tie' if side == 'tie' else self.names[(side == 'right') != self.swapped(i)]
+        return self._about(i) | dict(answer=side, better=won)
 
     def swapped(self, i:int)->bool:
         "Whether the second of pair `i` stands on the left"
@@ -71,8 +75,7 @@ class Study:
         "Answer `left`, `right` or `tie` for the pair that is asked about, and save"
         one_of(side, ANSWERS, 'answer')
         if self.at >= len(self.pairs): raise ValueError('answer: expected a pair to answer, found none left')
-        won = 'tie' if side == 'tie' else self.names[(side == 'right') != self.swapped(self.at)]
-        self.answers.append(self._about(self.at) | dict(answer=side, better=won))
+        self.answers.append(self._answered(self.at, side))
         self._write()
 
     def undo(self):

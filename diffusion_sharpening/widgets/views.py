@@ -7,6 +7,7 @@ __all__ = ['KEYS', 'figure_png', 'ExplorerView', 'StudyView', 'CurationView']
 
 # %% ../../nbs/15_widgets/04_views.ipynb #e73338c8
 import html, io
+from ..basics.console import complaint
 from ..basics.stats import shown
 from .curation import Curation
 from .explorer import BRANCHES, at_step, explore
@@ -44,8 +45,9 @@ class ExplorerView:
     def explore(self):
         "Make the branches, and show the first step; what is wrong is said in one line"
         asked = self.prompt.value, self.seed.value, self.branch.value
+        self.said.value = 'running …'
         try: self.seen = explore(self.model, self.judge, *asked, eta=self.eta.value, **self.more)
-        except ValueError as e: self.said.value = html.escape(str(e)); return
+        except Exception as e: self.said.value = html.escape((complaint(e) or (1, repr(e)))[1]); return
         self.said.value = ''
         self.step.max = len(self.seen.times) - 1
         self.draw()
@@ -88,8 +90,8 @@ class StudyView:
         for k, b in self.buttons.items():
             b.add_class(f'sharpen-{k}')
             b.on_click(lambda _, k=k: self.press(k))
-        answers = w.HBox(list(self.buttons.values()))
-        self.box = w.VBox([self.prompt, w.HBox(self.pictures), answers, self.said])
+        self.pair, answers = w.HBox(self.pictures), w.HBox(list(self.buttons.values()))
+        self.box = w.VBox([self.prompt, self.pair, answers, self.said])
         self.box.add_class('sharpen-study')
         self.draw()
 
@@ -106,6 +108,7 @@ class StudyView:
         at, n = self.study.at, len(self.study.pairs)
         done = at == n
         for k in ('left', 'right', 'tie'): self.buttons[k].disabled = done
+        for o in (self.prompt, self.pair): o.layout.display = 'none' if done else None
         self.said.value = self.result() if done else f'{at} of {n} answered'
         if done: return
         prompt = self.study.pairs[at][0]
