@@ -243,3 +243,17 @@ def test_damaged_journals(tmp_path):
     for text in ('[]\n', '{}\n', '{"reward": "clip"}\n{"file": "a"}\n', 'x\n'):
         (tmp_path/'j').write_text(text)
         with pytest.raises(ValueError, match='is damaged; remove it'): open_journal(tmp_path/'j', 'clip')
+
+
+def test_scores_of_an_edited_reward_do_not_mix(tmp_path):
+    "Edited after it failed, the same call goes on; edited after it scored, the old scores are not shown as new"
+    Image.new('RGB', (8, 8), 'white').save(tmp_path/'a.png')
+    (tmp_path/'p.txt').write_text('white')
+    def scored(body):
+        (tmp_path/'mine.py').write_text(f'def f(images, prompts): return {body}')
+        return score_folder(f'{tmp_path}/mine.py:f', tmp_path, tmp_path/'p.txt', tmp_path/'out')
+    with pytest.raises(ValueError, match='NameError') as e: scored('imagse')
+    assert 'are kept' not in str(e.value)                             # there are none
+    assert scored('[1.]')['new'] == 1 and scored('[1.]')['new'] == 0
+    with pytest.raises(ValueError, match='out: .*from before it was changed; choose another folder'):
+        scored('[2.]')

@@ -98,24 +98,31 @@ def fingerprints(folder, # Of the pictures
 
 # %% ../../nbs/13_commands/02_score.ipynb #f66f855f
 def open_journal(path, # `scores.jsonl`, which need not exist
-                 label:str # What reward it is
+                 label:str, # What reward it is
+                 made:str='' # A checksum of what it is made of; '': not known
                 )->dict: # (file, checksum, prompt) → row
     "Read what an earlier run has finished, and mend its last line"
     path = Path(path)
     if not path.exists() or not path.stat().st_size:
-        path.write_text(json.dumps(dict(reward=label))+'\n'); return {}
+        path.write_text(json.dumps(dict(reward=label, made=made))+'\n'); return {}
     data = path.read_bytes()
     whole = data[:data.rfind(b'\n')+1]
     if len(whole) < len(data): os.truncate(path, len(whole))
-    if not whole: return open_journal(path, label)
+    if not whole: return open_journal(path, label, made)
     try:
         head, *rows = [json.loads(l) for l in whole.splitlines()]
-        found = head['reward']
+        found, was = head['reward'], head.get('made')
         done = {(r['file'], r['sum'], r['prompt']): r for r in rows if r['score'] is not None}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'out: {path} is damaged; remove it to start afresh') from None
-    if found == label: return done
-    raise ValueError(f'out: {path.parent} holds scores of {found!r}, not {label!r}; choose another folder')
+    if found != label:
+        raise ValueError(f'out: {path.parent} holds scores of {found!r}, not {label!r}; '
+                         'choose another folder')
+    if not was or not made or was == made: return done
+    if done: raise ValueError(f'out: {path.parent} holds scores of {label!r} from before it was changed; '
+                              'choose another folder')
+    path.unlink()
+    return open_journal(path, label, made)
 
 # %% ../../nbs/13_commands/02_score.ipynb #a0ec8799
 def _names(parts): # A column for each part, numbered where names repeat
@@ -170,7 +177,7 @@ def score_folder(
     keys = list(zip(names, fingerprints(images, names), texts))
     if isinstance(reward, str): reward = load_reward(reward, train=False)
     device, out = device or ('cuda' if torch.cuda.is_available() else 'cpu'), _folder(out)
-    done = open_journal(out/'scores.jsonl', label)
+    done = open_journal(out/'scores.jsonl', label, _made(reward))
     todo = [k for k in keys if k not in done]
     fresh = _work(reward, images, todo, out, batch, device, len(keys))
     rows = [done.get(k) or fresh[k] for k in keys]
@@ -179,6 +186,10 @@ def score_folder(
     return res
 
 # %% ../../nbs/13_commands/02_score.ipynb #c8102fc9
+def _made(reward): # Own code that was edited is another reward
+    if not hasattr(reward, 'identity'): return ''
+    return hashlib.sha256(json.dumps(reward.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
 def _folder(out):
     try: Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as e: raise ValueError(f'out: cannot make the folder {out} ({e.strerror})') from None
@@ -193,6 +204,7 @@ def _work(reward, images, todo, out, batch, device, n):
             part = todo[i:i+batch]
             try: rows = _rows(reward, images, part, device)
             except ValueError as e:
+                if not kept + i: raise
                 raise ValueError(f'{e}; the other {kept+i} scores are kept in {out}, '
                                  'the same command goes on from there') from e
             f.writelines(json.dumps(r, allow_nan=False)+'\n' for r in rows)
