@@ -6,7 +6,7 @@
 __all__ = ['load_object', 'load_function', 'code_of', 'put_back', 'Own']
 
 # %% ../../nbs/04_rewards/17_own.ipynb #ac1baeeb
-import hashlib, importlib, importlib.util, inspect, os, sys, torch
+import hashlib, importlib, importlib.util, inspect, os, sys, sysconfig, torch
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -74,8 +74,13 @@ def _text(e):
     except Exception: return 'no text'
 
 # %% ../../nbs/04_rewards/17_own.ipynb #4a1821be
+def _where(frames): # The last line that is neither of Python, nor of a package, nor of this library
+    ours = str(Path(inspect.getfile(RewardError)).parents[1])
+    packages = (ours, *(sysconfig.get_path(k) for k in ('stdlib', 'purelib', 'platlib')), '<frozen')
+    return ([f for f in frames if not f.filename.startswith(packages)] or frames)[-1]
+
 def _raised(which, doing, e):
-    at = extract_tb(e.__traceback__)[-1]
+    at = _where(extract_tb(e.__traceback__))
     at = f'line {e.lineno}' if isinstance(e, SyntaxError) else f'{Path(at.filename).name}, line {at.lineno}'
     text = ' '.join(_text(e).split())[:300]
     return f'own reward {which!r}: {doing} raised {type(e).__name__}: {text} ({at})'
