@@ -268,6 +268,16 @@ def test_what_functions_may_return(mine):
     assert isinstance(e.value.__cause__, IndexError)                 # the traceback is there for who wants it
 
 
+@pytest.mark.parametrize('call', ['torch.einsum("ab", images)', 'json.loads(prompts[0])',
+                                  'image_stats(images[0])'])
+def test_an_error_in_a_library_is_shown_with_the_line_that_called_it(tmp_path, call):
+    (tmp_path/'deep.py').write_text('import json, torch\n'
+                                    'from diffusion_sharpening.evaluation.alarms import image_stats\n\n'
+                                    f'def f(images, prompts):\n    return {call}\n')
+    with pytest.raises(RewardError, match=r'\(deep.py, line 5\)'):
+        Own(f'{tmp_path}/deep.py:f')(pics(3), ['a']*3)
+
+
 def test_functions_that_cannot_be_had(mine, tmp_path, monkeypatch):
     (tmp_path/'broken.py').write_text('def f(:\n')
     (tmp_path/'needs.py').write_text('import no_such_package_xyz\n')
@@ -536,4 +546,6 @@ def test_alarms_ring_for_changes_only():
     dark = alarms(base*.3, base)
     assert (any('darker' in a for a in dark)
             and any('more alike' in a for a in alarms(base[:1].repeat(100, 1, 1, 1), base)))
+    for x, said in ((base*.3, 'box area fell: '), (base*.3 + .7, 'box area rose: ')):
+        assert alarms(x, base, stats=lambda x: dict(box_area=x.mean((1, 2, 3))))[0].startswith(said)
     assert alarms(base[:3]*0, base) == []                              # too few to be sure of anything

@@ -84,7 +84,9 @@ def alarms(images:Tensor, # `(N, 3, H, W)` in [0, 1]
     "What a person should look at before believing that a reward went up"
     moved = {k: o for k, o in shifts(images, reference, stats).items()
              if abs(o['shift']) > limit and o['sure'] > sure}
-    return [f"pictures are {_says(k)[o['shift'] > 0]}: {k.replace('_', ' ')} {o['before']:.3f} → "
-            f"{o['now']:.3f} ({o['shift']:+.1f} spreads)" for k, o in moved.items()]
+    return [f"{_says(k, o['shift'] > 0)} {o['before']:.3f} → {o['now']:.3f} ({o['shift']:+.1f} spreads)"
+            for k, o in moved.items()]
 
-def _says(name): return SAYS.get(name, (f'of less {name}', f'of more {name}'))
+def _says(name, up):
+    said = name.replace('_', ' ')
+    return f'pictures are {SAYS[name][up]}: {said}' if name in SAYS else f"{said} {'rose' if up else 'fell'}:"
