@@ -89,13 +89,15 @@ def judges(reward, # The trained reward
 @torch.no_grad()
 def check_judges(judges:dict, # Name → reward, the one that is followed first
                  prompts:list, # What they will be asked about
-                 model # The model, whose pictures they will see
+                 model, # The model, whose pictures they will see
+                 follow:bool=False # Will the gradient of the first be followed?
                 )->tuple: # Those that can, and what the first said; ValueError if it cannot
     "Ask each judge once, before any work is done; an exam that cannot judge is left out, with a warning"
     texts = (list(prompts[:2])*2)[:2]
     pictures = model.show(noise(torch.arange(2), START, model.item, model.device)).cpu()
     own, *exams = judges
-    said = [float(f'{x:.4g}') for x in judges[own](pictures, texts).tolist()]
+    with torch.set_grad_enabled(follow): said = judges[own](pictures.requires_grad_(follow), texts)
+    said, pictures = [float(f'{x:.4g}') for x in said.tolist()], pictures.detach()
     return {own: judges[own]} | {k: judges[k] for k in exams if _can(judges[k], pictures, texts)}, said
 
 def _can(exam, pictures, texts):

@@ -161,7 +161,7 @@ def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:st
     pictures_at_once(d)                                          # or not one fits
     check_decode(d)
     source, texts = source_of(d, made, run, train_on, held, pairs), held or train_on
-    exams, answers = check_judges(judges(judge, texts, model), texts, d)
+    exams, answers = check_judges(judges(judge, texts, model), texts, d, made.needs_gradient)
     d.say_cut([*source.prompts, *held])
     what = f'{method} ({preset}) of {Path(model).name}'
     return Job(what, run, made, d, judge, source, exams, held, split, S_eval, got, answers)

@@ -139,6 +139,7 @@ def draw_learning(found:dict, # From `compared`
             ax.plot(*mean_curve(found[name]['curve'], k), color=colours.get(name, '.85'), label=name)
         ax.set_title(k, fontsize=9)
         ax.set_xlabel('evaluations spent', fontsize=8)
+        ax.locator_params(axis='x', nbins=4)
         ax.tick_params(labelsize=8)
         ax.spines[['top', 'right']].set_visible(False)
     lines = {l.get_label(): l for l in axs[0].lines if l.get_label() in colours}
