@@ -130,11 +130,11 @@ class Reward:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.differentiable):
             try: scores = self.score(images, prompts)
             except SystemExit as e: raise RewardError(f'{self.name}: it called sys.exit({e.code!r})') from e
-            if torch.is_grad_enabled() and images.requires_grad and not getattr(scores, 'requires_grad', False):
-                raise RewardError(f'{self.name}: it says that it is differentiable, but no gradient leads from '
-                                  'its scores to the pictures; expected operations of torch only, without '
-                                  '.detach(), .item(), numpy or no_grad')
-            return scores
+            asked = torch.is_grad_enabled() and images.requires_grad
+        if not asked or getattr(scores, 'requires_grad', False): return scores
+        raise RewardError(f'{self.name}: it says that it is differentiable, but no gradient leads from its '
+                          'scores to the pictures; expected operations of torch only, without .detach(), '
+                          '.item(), numpy or no_grad')
 
     def identity(self)->dict: # What JSON can hold; equal for equal judges, without paths or addresses
         "What this reward is made of, by content"
