@@ -246,7 +246,7 @@ def test_damaged_journals(tmp_path):
 
 
 def test_scores_of_an_edited_reward_do_not_mix(tmp_path):
-    "Edited after it failed, the same call goes on; edited after it scored, the old scores are not shown as new"
+    "Edited after it failed, the call goes on; edited after it scored, the old scores are not shown as new"
     Image.new('RGB', (8, 8), 'white').save(tmp_path/'a.png')
     (tmp_path/'p.txt').write_text('white')
     def scored(body):
