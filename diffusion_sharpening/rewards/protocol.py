@@ -55,9 +55,12 @@ def scores_of(name:str, # Of the reward
               n:int # Pictures it was given
              )->Tensor: # Float32 `(n,)`; RewardError names the reward
     "What a reward returned, as one number per picture"
-    try: scores = torch.as_tensor(scores, dtype=torch.float32)
+    try: found = torch.as_tensor(scores)
     except (TypeError, ValueError, RuntimeError):
-        raise RewardError(f'{name}: expected {n} scores, found {type(scores).__name__}') from None
+        inner = f' of {type(scores[0]).__name__}' if isinstance(scores, list) and scores else ''
+        raise RewardError(f'{name}: expected {n} scores, found {type(scores).__name__}{inner}') from None
+    if found.is_complex(): raise RewardError(f'{name}: expected {n} scores, found complex numbers')
+    scores = found.to(torch.float32)
     if scores.shape == (n,): return scores
     raise RewardError(f'{name}: expected {n} scores, found shape {tuple(scores.shape)}')
 
