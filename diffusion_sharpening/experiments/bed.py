@@ -21,6 +21,8 @@ from ..training.loop import train
 from ..worlds.world import usual_reward, world_of
 
 # %% ../../nbs/14_experiments/11_bed.ipynb #5e915217
+OFTEN, FEW = 7500, 96 # Evaluations from look to look of a long training; prompts of a look
+
 @dataclass(frozen=True)
 class Bed:
     "What the arms of an experiment share"
@@ -54,6 +56,11 @@ class Bed:
         return {own.name: own} | more | judges(own, self.prompts, self.model)
 
     @property
+    def looked(self) -> int:
+        "Measurements during a training: more in a long one"
+        return self.looks and max(self.looks, round(self.budget/OFTEN))
+
+    @property
     def followed(self):
         "The judge that is followed"
         return next(iter(self.judges.values()))
@@ -83,8 +90,6 @@ def searched(arm:Searched, # A search
     return Evaluation(texts, images, scores, nfe, seed, model.eta, model.guidance, times)
 
 # %% ../../nbs/14_experiments/11_bed.ipynb #7cbd2e7f
-OFTEN, FEW = 7500, 96 # Evaluations from look to look of a long training; prompts of a look
-
 def learnt(arm:Arm, # A method
            bed:Bed, seed:int # Where, and the seed of the training and of the start noise
           )->tuple: # `Evaluation`, and what is said of the run
@@ -94,9 +99,8 @@ def learnt(arm:Arm, # A method
     changes = dict(lr=arm.lr, batch=arm.batch, steps=steps, seed=seed, checkpoint_every=0, **arm.own)
     job = job_of(arm.method, bed.model, bed.reward, bed.world.name, None, arm.preset, 2, None, bed.S, changes,
                  eta=bed.eta, tell=False)
-    looks = bed.looks and max(bed.looks, round(bed.budget/OFTEN))
-    watch = [Validate(bed.prompts[:FEW], judges(job.judge, bed.prompts, bed.model), max(1, steps//looks),
-                      bed.S)] if looks else []
+    watch = [Validate(bed.prompts[:FEW], judges(job.judge, bed.prompts, bed.model), max(1, steps//bed.looked),
+                      bed.S)] if bed.looked else []
     s = train(job.model, job.method, job.judge, job.source, job.run, watch)
     if s.stop:                                                  # half a training is no result
         signal.raise_signal(signal.Signals[s.stop])

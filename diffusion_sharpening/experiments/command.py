@@ -39,7 +39,7 @@ def begin(out:Path, # Folder of the experiment
 
 # %% ../../nbs/14_experiments/14_command.ipynb #5f43a6b5
 def runs_of(arms:dict, seeds:int, tune:bool, # As for `experiment`
-            looks:int=4 # During a training
+            looks:int # During a training
            )->tuple: # Trainings of the full length that it comes to, measurements, and those of `FEW` prompts
     "What an experiment consists of; a try of the tuning is a third of a training and is not looked at"
     learn = [a for a in arms.values() if isinstance(a, Arm)]
@@ -51,7 +51,7 @@ def estimate(bed:Bed, arms:dict, seeds:int, tune:bool, # As for `experiment`
              seconds:float # That the base took to be measured
             )->str:
     "How long an experiment will take, from the time the base took"
-    trainings, whole, small = runs_of(arms, seeds, tune, bed.looks)
+    trainings, whole, small = runs_of(arms, seeds, tune, bed.looked)
     each = seconds/(bed.heldout*bed.S)
     total = trainings*bed.budget*each + whole*seconds + small*min(FEW, bed.heldout)*bed.S*each
     about = f'{total/60:.0f} minutes' if total > 90 else f'{total:.0f} seconds'

@@ -54,7 +54,7 @@ def tuned(name:str, arm:Arm, # To tune
         file = folder/name_of(label, TUNING)
         if not (make or file.exists()): raise ValueError(f'like: expected the try {file.name} in {folder}')
         rec = kept(file, lambda: record(a, small, TUNING))
-        done(label, rec)
+        if a: done(label, rec)
         return rec
     base = run('base', None)
     def choose(arms):
