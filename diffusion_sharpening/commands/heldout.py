@@ -96,7 +96,8 @@ def check_judges(judges:dict, # Name → reward, the one that is followed first
     texts = (list(prompts[:2])*2)[:2]
     pictures = model.show(noise(torch.arange(2), START, model.item, model.device)).cpu()
     own, *exams = judges
-    with torch.set_grad_enabled(follow): said = judges[own](pictures.requires_grad_(follow), texts)
+    pictures.requires_grad_(follow and pictures.is_floating_point())
+    with torch.set_grad_enabled(follow): said = judges[own](pictures, texts)
     said, pictures = [float(f'{x:.4g}') for x in said.tolist()], pictures.detach()
     return {own: judges[own]} | {k: judges[k] for k in exams if _can(judges[k], pictures, texts)}, said
 
