@@ -4,7 +4,8 @@
 `python nbs/_dev/learner.py signal shapes FOLDER` measures the first gradient of each model: its signal
 against its noise, by how times are drawn, and how far it is the gradient of guidance. `python
 nbs/_dev/learner.py run NAME --steps 80 --set lr=1e-3` trains with the exam as reward and looks at held-out
-captions on the way; its log is runs/learner/NAME.json. `gather NAME…` puts logs together."""
+captions on the way; `--reward clip` follows a judge instead and looks at both. Its log is
+runs/learner/NAME.json. `gather NAME…` puts logs together."""
 import argparse, json, time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from results import write
 from diffusion_sharpening.basics.files import write_json
 from diffusion_sharpening.basics.seeds import START, noise, stream
-from diffusion_sharpening.basics.stats import interval
+from diffusion_sharpening.basics.stats import interval, shown
 from diffusion_sharpening.commands.load import load_model
 from diffusion_sharpening.commands.options import parse_settings
 from diffusion_sharpening.commands.provenance import provenance
@@ -21,6 +22,7 @@ from diffusion_sharpening.data.tables import prompt_set
 from diffusion_sharpening.evaluation.measure import evaluate
 from diffusion_sharpening.maths.choice import tied
 from diffusion_sharpening.maths.schedules import add_noise
+from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.methods.parts import at_end, candidate_seeds, from_prompt
 from diffusion_sharpening.training.loop import Callback, LINEAR, train
 from diffusion_sharpening.training.run import settings
@@ -114,32 +116,37 @@ def signal(a):
     write('learner-signal', dict(candidates=8, S=10, eta=model.eta, rank=32, guidance=3., rows=rows))
 
 class Watch(Callback):
-    "The exam on held-out captions every so often"
+    "The exam on held-out captions every so often, and the judge that is followed"
     order = 90
-    def __init__(self, texts, every, base):
-        self.texts, self.every, self.base, self.rows = texts, every, base, []
+    def __init__(self, texts, every, judges, model):
+        self.texts, self.every, self.judges, self.rows = texts, every, judges, []
+        self.base = self.scores(model)
+    def scores(self, model): return evaluate(model, self.texts, self.judges).scores
     def update(self, s):
         if s.k % self.every == 0: self.look(s)
     def look(self, s):
-        with s.model.use('ema' if s.run.ema else 'policy'): x = exam(s.model, self.texts)
+        with s.model.use('ema' if s.run.ema else 'policy'): got = self.scores(s.model)
+        x = got['exam']
         recent = s.history[-self.every:]
         of = {k: sum(r[k] for r in recent)/len(recent) for k in ('reward', 'best', 'spread', 'grad_norm')}
-        found = dict(mean=x, strict=all_hold(x), gain=x - self.base)
+        found = dict(mean=x, strict=all_hold(x), gain=x - self.base['exam'],
+                     gain_strict=(all_hold(x) - all_hold(self.base['exam'])).float())
+        found |= {f'gain_{k}': v - self.base[k] for k, v in got.items() if k != 'exam'}
         means = {k: interval(v, 'captions') for k, v in found.items()}
         self.rows.append(means | dict(batch=s.k, candidates=of))
-        print({k: self.rows[-1][k] for k in ('batch', 'gain', 'candidates')}, flush=True)
-
-def exam(model, texts): return evaluate(model, texts, dict(exam=W.exam)).scores['exam']
+        print({k: shown(v) if k in means else v for k, v in self.rows[-1].items()}, flush=True)
 
 def run(a):
-    "One training with the exam as reward"
+    "One training with the exam as reward, or with a judge"
     made, method = settings('rlhf', 'default', steps=a.steps, **parse_settings(a.set))
     model, prompts = load_model('shapes'), prompt_set('shapes', seed=made.seed)
     texts = W.prompts(a.n, 'heldout', 1)
-    base, start = exam(model, texts), time.process_time()
-    watch = Watch(texts, a.every, base)
-    train(model, method, W.exam, Prompts(model, prompts, made.batch, made.seed), made, [watch])
-    said = dict(name=a.name, captions=a.n, base=interval(base, 'captions'), rows=watch.rows,
+    judge = load_reward(a.reward, W.name) if a.reward else W.exam
+    watch = Watch(texts, a.every, dict(exam=W.exam) | ({a.reward: judge} if a.reward else {}), model)
+    start = time.process_time()
+    train(model, method, judge, Prompts(model, prompts, made.batch, made.seed), made, [watch])
+    said = dict(name=a.name, reward=a.reward or 'exam', captions=a.n, rows=watch.rows,
+                base=interval(watch.base['exam'], 'captions'),
                 cpu_seconds=time.process_time() - start,
                 settings=dict(run=asdict(made), method=asdict(method)))
     logs.mkdir(parents=True, exist_ok=True)
@@ -155,6 +162,7 @@ def main():
     q = sub.add_parser('run'); q.set_defaults(do=run); q.add_argument('name')
     q.add_argument('--steps', type=int, default=80); q.add_argument('--every', type=int, default=20)
     q.add_argument('--n', type=int, default=120); q.add_argument('--set', action='append')
+    q.add_argument('--reward', help='a judge of this world (default: the exam)')
     q = sub.add_parser('gather'); q.set_defaults(do=gather); q.add_argument('names', nargs='+')
     torch.set_num_threads(1); a = p.parse_args(); a.do(a)
 

@@ -34,7 +34,8 @@ def sharpened(seed, batches):
     out = root/'runs'/'sharpened'/f'{batches}-{seed}'
     asked = dict(model='shapes', steps=batches, seed=seed, decay=1., heldout=0)
     if not read_report(out):
-        resume('rlhf', str(out), **asked) if read_run(out) else train('rlhf', out=str(out), **asked)
+        rep = resume('rlhf', str(out), **asked) if read_run(out) else train('rlhf', out=str(out), **asked)
+        if 'stopped' in rep: raise SystemExit('stopped: start it again to go on')
     return load_model('shapes', lora=str(out))
 
 def more_steps(model, judge, prompts, seeds, S, budget):
