@@ -90,7 +90,7 @@ def experiment(
     seeds:int=3, # Runs of each arm
     heldout:int=960, # Held-out prompts that are measured
     tune:bool=True, # Tune each method first, with six short runs?
-    quick:bool=False, # One seed, no tuning, a quarter of the budget, 96 prompts
+    quick:bool=False, # One seed, no tuning, an eighth of the budget, 32 prompts
     also:str=None, # Further judges, with commas between them
     eta:float=None, # Fresh noise of the sampler, 0: none; None: as the world samples
     only:str='', # Some of the arms, with semicolons between them
@@ -99,7 +99,7 @@ def experiment(
 )->dict: # Name of the arm → `value`, `change`, `sets`, `curve`, costs
     "Compare methods or searches at equal compute, over seeds, with intervals; it goes on where it was"
     quiet()
-    if quick: budget, seeds, heldout, tune = budget/4, 1, min(heldout, 96), False
+    if quick: budget, seeds, heldout, tune = budget/8, 1, min(heldout, 32), False
     for k, v in dict(budget=budget, seeds=seeds, heldout=heldout).items():
         if v < 1: raise ValueError(f'{k}: expected at least 1, found {v:g}')
     check_sampler(eta=eta)
