@@ -49,11 +49,11 @@ def test_every_script_is_python(path):
 
 def test_write(results, tmp_path, monkeypatch, capsys):
     "Commit, tree, hardware, versions and the command as it was typed"
-    monkeypatch.setattr(sys, 'argv', [str(dev/'bench.py'), 'rollout', '--model', 'a b'])
+    monkeypatch.setattr(sys, 'argv', [str(dev/'bench.py'), 'rollout', '--model', 'a b', str(tmp_path/'qm9.whl')])
     made = results.write('x', dict(answer=42, gap=float('nan')), ['numpy'], tmp_path/'new')
     found = json.loads((tmp_path/'new/x.json').read_text())
     assert found == made | dict(gap=None) == json.loads(capsys.readouterr().out)
-    assert found['command'] == "python nbs/_dev/bench.py rollout --model 'a b'"
+    assert found['command'] == "python nbs/_dev/bench.py rollout --model 'a b' qm9.whl"
     known = 'answer git_commit git_clean processor threads versions python device'.split()
     assert set(known) <= set(found)
     assert {'numpy', 'torch'} <= set(found['versions'])
@@ -62,3 +62,9 @@ def test_write(results, tmp_path, monkeypatch, capsys):
 def test_command_of_pytest(results):
     assert results.command(['/x/pytest/__main__.py', '-q', 'tests']) == 'python -m pytest -q tests'
     assert results.command(['/x/bin/pytest', '-q']) == 'python -m pytest -q'
+
+
+def test_no_paths_of_a_machine():
+    "What was given by its place on one machine is told by its name"
+    said = {p.name: json.loads(p.read_text()).get('command', '') for p in files}
+    assert not {k: c for k, c in said.items() if ' /' in c or ' ~' in c}

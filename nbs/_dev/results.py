@@ -9,12 +9,12 @@ root = Path(__file__).resolve().parents[2]
 folder = root/'data'/'results'
 
 def command(argv=None):
-    "The command of this process, as it is typed at the top of the repository"
+    "The command of this process, as it is typed at the top of the repository; of a path elsewhere its name"
     script, *args = argv or sys.argv
     path = Path(script).resolve()
     if 'pytest' in (path.name, path.parent.name): how = ['-m', 'pytest']
     else: how = [path.relative_to(root).as_posix() if path.is_relative_to(root) else script]
-    return shlex.join(['python', *how, *args])
+    return shlex.join(['python', *how, *[Path(a).name if Path(a).is_absolute() else a for a in args]])
 
 def clean():
     "Whether every file but the results is as committed; None where there is no git"
