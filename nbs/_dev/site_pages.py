@@ -117,16 +117,17 @@ def texts_of(tree):
     says = {'title': 'titled', 'xlabel': 'horizontal axis', 'ylabel': 'vertical axis'}
     return '; '.join(f"{says[k]} {', '.join(dict.fromkeys(v))}" for k, v in kinds.items() if v)
 
-def alternative(cell, page, heading, prose):
+def alternative(cell, page, heading, prose, drawing=False):
     "Alternative text of a picture: its own `fig-alt`, or what its axes and the prose before it say"
     if own := option(cell, 'fig-alt'): return own
     tree = parsed(bare(cell))
     drawn = texts_of(tree) if tree else ''
     lines = [plain(p) for p in prose.split('\n\n') if not p.startswith(('#', '|', '```', '-', '$$'))]
     said = re.split(r'(?<=[.?!]) (?=[A-Z])', lines[-1])[-1] if lines else ''
-    kind = 'Chart' if 'axis' in drawn else 'Pictures'
+    kind = 'Chart' if 'axis' in drawn or drawing else 'Pictures'
     where = heading if heading == page.title else f'{page.title}, {heading}'
-    text = '. '.join(t.rstrip('.:') for t in [f'{kind}: {where}', drawn, said] if t)
+    first = ', '.join(t for t in [f'{kind}: {where}', drawn] if t)
+    text = '. '.join(t.rstrip('.:') for t in [first, said] if t)
     return text[:400].replace('"', "'") + '.'
 
 def is_drawing(png, source):
@@ -177,14 +178,15 @@ def shown(c, page, links, heading, prose):
         if md := o.get('data', {}).get('text/markdown'):
             o.data['text/markdown'] = links.text(''.join(md), page)
     pictures = [p for o in c.outputs if (p := o.get('data', {}).get('image/png'))]
-    alt = alternative(c, page, heading, prose) if pictures else ''
+    drawing = bool(pictures) and all(is_drawing(p, c.source) for p in pictures)
+    alt = alternative(c, page, heading, prose, drawing) if pictures else ''
     c.source = bare(c)
     if imports_only(c.source): folded(c, 'Imports')
     elif heading == EXERCISES: folded(c, 'The answers, computed', 'hide-cell')
     elif not c.outputs and checks_only(c.source): folded(c, 'Checks')
     elif pictures and c.source.count('\n') >= LONG: folded(c, 'Code of the figure')
     if pictures:
-        kind = 'drawing' if all(is_drawing(p, c.source) for p in pictures) else 'picture'
+        kind = 'drawing' if drawing else 'picture'
         c.metadata.setdefault('mystnb', {})['image'] = dict(alt=alt, classes=kind)
     return [c]
 
