@@ -208,6 +208,19 @@ def test_sets_round_trip(tmp_path):
         'complex_val_spatialaction.txt']
 
 
+def test_a_prompt_ends_where_its_line_ends(tmp_path):
+    "Not at the other signs that Python's own way of splitting lines ends lines at"
+    texts = [f'a red{c}cube and a blue{c}drum' for c in '\u2028\u2029\x85\v\f\x1c\x1d\x1e']
+    write_sets(tmp_path, dict(color=texts))
+    assert read_sets(tmp_path)['color'] == texts
+    lines = '\r\n'.join(['', *texts, ' ', ''])
+    (tmp_path/'color_val.txt').write_bytes(lines.encode('utf-8-sig'))
+    assert read_sets(tmp_path)['color'] == texts
+    for data, why in ((b' \r\n\n', 'expected a prompt a line'), (b'a caf\xe9', 'save the file as UTF-8')):
+        (tmp_path/'color_val.txt').write_bytes(data)
+        with pytest.raises(ValueError, match=why): read_sets(tmp_path)
+
+
 def test_val_and_train_never_meet():
     a, b = (set(sum(make_sets(60, s, seed).values(), [])) for s, seed in (('train', 0), ('val', 1)))
     assert not a & b

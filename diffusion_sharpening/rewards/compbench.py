@@ -10,6 +10,7 @@ __all__ = ['CATEGORIES', 'KINDS', 'JUDGE', 'read_sets', 'write_sets', 'make_sets
 import random, re, torch
 from pathlib import Path
 from torch import Tensor
+from ..basics.texts import lines_of
 from .protocol import Reward, RewardError
 from .blip_vqa import _spacy
 from .spatial import read_relation
@@ -40,9 +41,8 @@ def read_sets(path, # Folder of prompt files, such as the benchmark's `examples/
 
 # %% ../../nbs/04_rewards/18_compbench.ipynb #418ff491
 def _lines(file):
-    rows = [l.strip() for l in file.read_text(encoding='utf-8-sig').splitlines()]
-    if not any(rows): raise ValueError(f'prompt sets: {file} is empty')
-    return [l for l in rows if l]
+    if rows := [l.strip() for l in lines_of(file) if l.strip()]: return rows
+    raise ValueError(f'prompt sets: expected a prompt a line in {file}, found none')
 
 def write_sets(path, # Folder, made where it is not there
                sets:dict, # Category → prompts
