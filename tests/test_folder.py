@@ -5,7 +5,9 @@ import pytest, torch
 from safetensors.torch import load_file
 
 pytest.importorskip('diffusers')
+from diffusion_sharpening.commands.evaluate import evaluate
 from diffusion_sharpening.commands.interchange import export, push
+from diffusion_sharpening.commands.report import said
 from diffusion_sharpening.commands.train import resume, train
 from diffusion_sharpening.models.lora import lora_file
 from diffusion_sharpening.training.checkpoints import checkpoints
@@ -199,6 +201,23 @@ def test_error_saves_and_goes_on_when_mended(made, tmp_path, capsys):
     assert lora(tmp_path/'a') == lora(tmp_path/'b')
 
 
+def test_a_run_that_learned_nothing_is_begun_anew(made, tmp_path, capsys):
+    "With other options than those that failed, and as if the first attempt had never been"
+    (tmp_path/'later.py').write_text(LATER.replace('n == 3', 'n == 2'))       # in the first batch
+    with pytest.raises(ValueError, match='the server is away'):
+        go(tmp_path, tmp_path/'a', 3, 'later.py', model=str(made/'xl'), prompts=str(made/'prompts.txt'),
+           heldout=1, S_eval=2)
+    assert {*inside(tmp_path/'a')} == {'manifest.json', 'run.json', 'metrics.jsonl', 'before.safetensors'}
+    capsys.readouterr()
+    go(made, tmp_path/'a', 1, heldout=2, S_eval=2, seed=1)
+    assert 'nothing was learned here yet; begun anew' in capsys.readouterr().out
+    go(made, tmp_path/'b', 1, heldout=2, S_eval=2, seed=1)
+    assert lora(tmp_path/'a') == lora(tmp_path/'b') and {*inside(tmp_path/'a')} == {*inside(tmp_path/'b')}
+    was, now = (json.loads((tmp_path/d/'scores.json').read_text()) for d in 'ba')
+    assert was == now
+    with pytest.raises(ValueError, match='a finished run of rlhf'): go(made, tmp_path/'a', 1)
+
+
 def test_what_changed_is_said(made, tmp_path, capsys):
     "Edited code of a reward, and another number of threads"
     (tmp_path/'mine.py').write_text(CODE)
@@ -240,10 +259,26 @@ def test_the_best_weights_go_on(made, tmp_path):
     rows = [json.loads(l) for l in (tmp_path/'a/metrics.jsonl').read_text().splitlines()]
     seen = {r['step']: r['validation/mine:bright'] for r in rows if r['kept']}
     assert rep['kept_batch'] == again['kept_batch'] == max(seen, default=0)
+    line = f"after batch {rep['kept_batch']} of 4" if rep['kept_batch'] else 'from before the training'
+    assert f'kept: the weights {line}' in said(rep)
     assert lora(tmp_path/'a') == lora(tmp_path/'b')
     own = {k: rep[k]['judges']['mine:bright']['overall']['mean'] for k in ('before', 'after')}
     assert own['after'] == pytest.approx(max([own['before'], *seen.values()]), abs=1e-5)
     with pytest.raises(ValueError, match='validate_every'): go(made, tmp_path/'c', 1, keep_best=True)
+
+
+def test_scores_on_prompts_of_the_training_are_said(made, finished, tmp_path, recwarn):
+    "By `evaluate`, with their number; nothing is said of other prompts"
+    (tmp_path/'new.txt').write_text('a red circle\na purple moon\n')
+    asked = dict(lora=str(finished), reward=f'{made}/mine.py:bright', n=2, S=1)
+    for more, seen in ((dict(prompts=str(tmp_path/'new.txt')), 1), ({}, 2)):
+        recwarn.clear()
+        assert evaluate(**asked, **more)['trained_on'] == seen
+        said = [str(w.message) for w in recwarn if 'trained on' in str(w.message)]
+        assert len(said) == 1 and said[0].startswith(f'prompts: {seen} of 2 are among those that {finished}')
+    (tmp_path/'new.txt').write_text('a purple moon\n'); recwarn.clear()
+    assert evaluate(**asked, prompts=str(tmp_path/'new.txt'))['trained_on'] == 0
+    assert not any('trained on' in str(w.message) for w in recwarn)
 
 
 # What is published

@@ -6,8 +6,10 @@
 __all__ = ['evaluate', 'said', 'score_said']
 
 # %% ../../nbs/13_commands/11_evaluate.ipynb #76140b5e
+import warnings
 from ..basics.console import columns, number
-from .heldout import check_judges, heldout_number, judges, prompts_for
+from .heldout import (
+    check_judges, heldout_number, judges, prompts_for, trained_on)
 from .load import as_trained, base_of, check_sampler, load_model
 from ..evaluation.measure import evaluate as measure, report
 from ..evaluation.tables import measured_table
@@ -34,6 +36,9 @@ def evaluate(
     n, world = heldout_number(n, model), world_of(model)
     check_sampler(guidance, eta, S, n=n)
     texts, prompts = prompts_for(prompts, model, lora, n)
+    if seen := trained_on(texts, model, lora):
+        warnings.warn(f'prompts: {seen} of {len(texts)} are among those that {lora} was trained on; '
+                      'their scores say little about other prompts')
     reward = reward or usual_reward(model)
     r = load_reward(reward, world and world.name, train=False)
     d = load_model(model, guidance, lora, px=px, variant=variant, eta=eta)
@@ -41,8 +46,8 @@ def evaluate(
     asked, _ = check_judges(judges(r, texts, model), texts, d)
     d.say_cut(texts)
     e = measure(d, texts, asked, S, seed=seed, chunk=chunk)
-    return dict(model=model, lora=lora, judge=reward, prompts=prompts, heldout_prompts=len(texts), S=S,
-                guidance=d.guidance, nfe_per_image=e.nfe, **report(e))
+    return dict(model=model, lora=lora, judge=reward, prompts=prompts, heldout_prompts=len(texts),
+                trained_on=seen, S=S, guidance=d.guidance, nfe_per_image=e.nfe, **report(e))
 
 # %% ../../nbs/13_commands/11_evaluate.ipynb #d3b0359b
 def said(rep:dict # From `evaluate`
