@@ -9,7 +9,7 @@ __all__ = ['demo']
 from .report import table
 from .train import resume, train
 from ..basics.words import one_of
-from ..training.folder import read_report, read_run
+from ..training.folder import read_report, read_run, unlearned
 from ..worlds.world import WORLDS, usual_reward
 
 # %% ../../nbs/13_commands/14_demo.ipynb #27d804c1
@@ -24,7 +24,7 @@ def demo(
     print(f'RLHF-Diffusion-Sharpening of the embedded model {model}; reward: {usual_reward(model)}; '
           f'{steps} batches, seed {seed}')
     asked = dict(model=model, steps=steps, seed=seed, decay=1.)
-    again = read_run(out) and not read_report(out)
+    again = read_run(out) and not read_report(out) and not unlearned(out)
     rep = resume('rlhf', out, **asked) if again else train('rlhf', out=out, **asked)
     if 'stopped' in rep: return rep
     print(f"{table(rep)}\n{rep['seconds']:.0f} s; see before_after.png, reward_curve.png and report.json in "

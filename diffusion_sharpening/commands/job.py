@@ -24,7 +24,7 @@ from ..names.catalog import load_reward
 from ..rewards.preference import split_pairs
 from ..training.advice import advice, pictures_at_once
 from ..training.folder import first_process
-from ..training.plan import plan as planned, plan_table
+from ..training.plan import BRIEF, plan as planned, plan_table
 from ..training.run import Run, settings
 from ..worlds.world import WORLDS, world_of
 
@@ -103,7 +103,7 @@ def check_plan(model, # `Denoiser`, or another model of its world
                method:str, preset:str, changes:dict, # As for `train`
                heldout:int, S_eval:int, # Prompts and sampler steps of the evaluation
                vae:str=None, # As for `train`
-               tell:bool=True # Print the plan?
+               tell:bool=True # Print what matters of it?
               )->dict: # Name → value of the plan; ValueError if it does not fit
     "Say what a run will cost, and refuse one that does not fit"
     world, dev = int(os.environ.get('WORLD_SIZE', 1)), device_here(model.device)
@@ -111,7 +111,7 @@ def check_plan(model, # `Denoiser`, or another model of its world
         return planned(model.source, method, preset, dev, model.size[1], model.guidance, vae, world,
                        heldout=heldout, S_eval=S_eval, **without(changes, more) | more)
     found = rows()
-    if tell and first_process(): print(plan_table(found))
+    if tell and first_process(): print(plan_table(found, BRIEF))
     got = {o['name']: o['value'] for o in found}
     if got['fits']: return got
     raise ValueError(f"plan: expected a run that fits in {dev.memory:.3g} GiB of {dev.name} with a fifth to "
@@ -140,7 +140,7 @@ def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:st
            heldout_prompts:str, S_eval:int, changes:dict, px:int=None, guidance:float=None,
            variant:str=None, vae:str=None, # All as for `train`
            eta:float=None, # Fresh noise of each step; None: as for `load_model`
-           tell:bool=True # Print the plan?
+           tell:bool=True # Print what matters of the plan?
           )->Job: # ValueError for what cannot be
     "Load everything that a run needs"
     check_sampler(guidance, eta, S_eval=S_eval)

@@ -27,7 +27,8 @@ from ..names.grammar import parse_spec
 from ..training.advice import advice
 from ..training.callbacks import (
     Alarms, KeepBest, Log, Progress, Timer, Tracker, Validate, WinRate, unlearnt)
-from ..training.folder import read_report, read_run, sums, taken
+from ..training.folder import (
+    first_process, read_report, read_run, sums, taken, unlearned)
 from ..training.loop import Callback, train as fit
 from ..training.plan import Plan, plan as planned, units_of
 from ..training.record import content, going_on, holds_back, model_content, record
@@ -209,6 +210,7 @@ def fine_tune(out:Path, # Folder of the run
     "One run from its settings to its report"
     options = {k: v for k, v in asked.items() if k not in ('tracker', 'run')} | dict(reward=reward)
     job, t0 = job_of(**options), time.time()
+    if first_process(): print(f'weights, log and report go to {out}; sharpen plan prints the whole plan')
     model, run, held = job.model, job.run, job.held
     vae = asked.get('vae')
     chunk, about = job.plan['evaluation_chunk'], depends_on(job, asked['model'])
@@ -272,7 +274,9 @@ def train(
     if holds_back(asked['reward']):
         print('reward: a part of its address may be a key and is not written down; whoever goes on with this '
               'run types --reward again. SHARPEN_REWARD_KEY is the place for a key')
-    with taken(output_folder(asked.pop('out'))) as folder: return fine_tune(folder, asked, reward)
+    with taken(output_folder(asked.pop('out'))) as folder:
+        if first_process() and unlearned(folder): print(f'{folder}: nothing was learned here yet; begun anew')
+        return fine_tune(folder, asked, reward)
 
 def _default_prompts(method, preset, model, images, changes): # None: the captions of the user's own pairs
     own = own_pairs(settings(method, preset, **changes)[1], images)
