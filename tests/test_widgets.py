@@ -2,12 +2,13 @@
 import json
 import pytest
 import torch
+from diffusion_sharpening.basics.pictures import as_png
 from diffusion_sharpening.commands.train import train
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.widgets.curation import Curation
 from diffusion_sharpening.widgets.explorer import BRANCHES, explore, winners
 from diffusion_sharpening.widgets.study import Study, sampled, save_choices, tally
-from diffusion_sharpening.widgets.views import ExplorerView, StudyView
+from diffusion_sharpening.widgets.views import CurationView, ExplorerView, StudyView
 from shared import PROMPTS, Bright, go
 
 def test_answers_train_d3po(made, tmp_path):
@@ -79,11 +80,102 @@ def test_foreign_files_stay(tmp_path):
     mine.mark(0, False)
     assert [p.name for p in (tmp_path/'accepted').iterdir()] == ['mine.png']
 
-@pytest.mark.parametrize('text', ['[1]', '{}', '{"prompts": ["b"], "marks": [true]}'])
-def test_marks_of_something_else_are_named(tmp_path, text):
+@pytest.mark.parametrize('text, why', [
+    ('[1]', 'marks of these prompts'), ('{}', 'marks of these prompts'),
+    ('{"prompts": ["b"], "marks": [true]}', 'marks of these prompts'),
+    ('{"prompts": ["a"]}', 'a mark and a fingerprint'),
+    ('{"prompts": ["a"], "pictures": ["00"], "marks": [7]}', 'a mark and a fingerprint'),
+    ('{"prompts": ["a"], "pictures": [], "marks": [true]}', 'a mark and a fingerprint'),
+    ('{"prompts": ["a"], "pictures": [7], "marks": [true]}', 'marks of these pictures')])
+def test_marks_of_something_else_are_named(tmp_path, text, why):
     (tmp_path/'accepted.json').write_text(text)
-    with pytest.raises(ValueError, match='accepted.json: expected marks of these prompts'):
+    with pytest.raises(ValueError, match=f'accepted.json: expected {why}'):
         Curation(['a'], torch.zeros(1, 3, 8, 8), tmp_path/'accepted')
+    assert (tmp_path/'accepted.json').read_text() == text
+
+def random_pictures(seed, n=3, side=32):
+    "Pictures of the same prompts, made anew for every seed"
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+def test_other_pictures_do_not_inherit_marks(tmp_path):
+    "The same prompts and folder: marks hold for the pictures that were looked at, up to rounding"
+    seen = random_pictures(0)
+    Curation(PROMPTS[:3], seen, tmp_path/'accepted').mark(0, True)
+    assert Curation(PROMPTS[:3], (seen + 1/255).clamp(0, 1), tmp_path/'accepted').accepted == [0]
+    before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    with pytest.raises(ValueError, match='expected marks of these pictures, found those of others'):
+        Curation(PROMPTS[:3], random_pictures(1), tmp_path/'accepted')
+    assert {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == before
+
+def test_other_pictures_do_not_inherit_answers(tmp_path):
+    "A study of seeds under another model, and one of files that were written anew, are refused"
+    def look(model): return lambda prompt, seed: as_png(random_pictures(100*model + seed, 1)[0])
+    study = Study([('a', 1, 2)]*3, tmp_path/'answers.jsonl')
+    view = StudyView(study, look(0))
+    view.press('left')
+    assert StudyView(Study(study.pairs, study.path), look(0)).study.at == 1
+    with pytest.raises(ValueError, match='line 1: expected the pictures that were judged'):
+        StudyView(Study(study.pairs, study.path), look(1))
+
+def test_a_file_that_nobody_accepted_is_neither_replaced_nor_removed(tmp_path):
+    "Also where it has the name of a sample"
+    folder = tmp_path/'accepted'
+    folder.mkdir()
+    (folder/'00000.png').write_bytes(b'not yours')
+    mine = Curation(['a'], random_pictures(0, 1), folder)
+    with pytest.raises(ValueError, match='00000.png'): mine.mark(0, True)
+    mine.mark(0, False)
+    mine.mark(0, None)
+    assert (folder/'00000.png').read_bytes() == b'not yours' and mine.marks == [None]
+
+def test_an_emptied_folder_is_filled_again(tmp_path):
+    "The folder holds what is accepted, also after someone emptied it"
+    folder = tmp_path/'accepted'
+    mine = Curation(PROMPTS[:3], random_pictures(0), folder)
+    for i in (0, 2): mine.mark(i, True)
+    for f in folder.iterdir(): f.unlink()
+    Curation(PROMPTS[:3], random_pictures(0), folder)
+    assert sorted(p.name for p in folder.iterdir()) == ['00000.png', '00000.txt', '00002.png', '00002.txt']
+
+def test_nothing_is_written_before_a_click(tmp_path):
+    "To look leaves no folder behind"
+    pytest.importorskip('ipywidgets')
+    CurationView(Curation(PROMPTS[:3], random_pictures(0), tmp_path/'mine'/'accepted'))
+    study = Study([('a', 1, 2)], tmp_path/'mine'/'answers.jsonl')
+    def look(prompt, seed): return as_png(random_pictures(seed, 1)[0])
+    StudyView(study, look, tmp_path/'mine'/'choices.jsonl')
+    assert list(tmp_path.iterdir()) == []
+
+@pytest.mark.parametrize('make', [lambda d: Study([], d/'answers.jsonl'),
+                                  lambda d: Curation([], torch.zeros(0, 3, 8, 8), d/'accepted')])
+def test_nothing_to_look_at_is_said(tmp_path, make):
+    with pytest.raises(ValueError, match='expected at least one'): make(tmp_path)
+
+def test_an_unseen_pair_is_never_answered(tmp_path):
+    "A picture that cannot be made is said; what is pressed then counts for nothing"
+    pytest.importorskip('ipywidgets')
+    def look(prompt, seed):
+        if seed == 4: raise FileNotFoundError(2, 'No such file or directory', 'four.png')
+        return as_png(random_pictures(seed, 1)[0])
+    study = Study([('a', 1, 2), ('b', 3, 4), ('c', 5, 6)], tmp_path/'answers.jsonl')
+    view = StudyView(study, look)
+    view.press('left')
+    assert 'four.png' in view.said.value and all(view.buttons[k].disabled for k in ('left', 'right', 'tie'))
+    for key in ('right', 'tie'): view.press(key)
+    assert study.at == 1 and not view.buttons['undo'].disabled
+
+def test_an_answer_that_cannot_be_kept_is_said(tmp_path):
+    "What is not on disk is not counted"
+    pytest.importorskip('ipywidgets')
+    study = Study([('a', 1, 2)]*2, tmp_path/'mine'/'answers.jsonl')
+    view = StudyView(study, lambda prompt, seed: as_png(random_pictures(seed, 1)[0]))
+    (tmp_path/'mine').write_text('a file where a folder should be')
+    view.press('left')
+    assert study.at == 0 and 'mine' in view.said.value
+    (tmp_path/'mine').unlink()
+    view.draw()
+    view.press('left')
+    assert Study(study.pairs, study.path).at == 1
 
 def test_a_study_that_is_done_asks_nothing(tmp_path):
     "Opened again it shows the result and no empty pictures; one answer taken back, it asks"
@@ -94,6 +186,7 @@ def test_a_study_that_is_done_asks_nothing(tmp_path):
     assert view.said.value.startswith('All answered') and view.pair.layout.display == 'none'
     view.press('undo')
     assert view.pair.layout.display is None and 'Which is better' in view.prompt.value
+    assert view.buttons['undo'].disabled
 
 @pytest.mark.parametrize('error', [ValueError('too many'), RuntimeError('Overflow'), KeyError('a')])
 def test_whatever_the_explorer_meets_is_said(error):
@@ -101,7 +194,7 @@ def test_whatever_the_explorer_meets_is_said(error):
     pytest.importorskip('ipywidgets')
     class Broken:
         def encode(self, prompts): raise error
-    view = ExplorerView(Broken(), None)
+    view = ExplorerView(Broken(), None, 'a')
     view.run.click()
     assert str(error).strip("'") in view.said.value
 

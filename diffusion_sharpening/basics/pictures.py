@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'FORMATS', 'MAX_PIXELS', 'LITERAL', 'PictureError', 'open_header', 'orientation', 'upright_size',
-           'open_picture', 'as_tensor', 'read_picture', 'as_png', 'marked', 'write_grid', 'plain']
+           'open_picture', 'as_tensor', 'read_picture', 'as_png', 'marked', 'write_grid', 'fingerprint', 'same_picture',
+           'plain']
 
 # %% ../../nbs/01_basics/07_pictures.ipynb #6aebf69d
 import io, torch, unicodedata, warnings
@@ -151,6 +152,21 @@ def write_grid(images:Tensor, # `(N, 3, H, W)` in [0, 1]
         top, left = i//across*(h + 4) + 2, i % across*(w + 4) + 2
         canvas[:, top:top+h, left:left+w] = x
     write_whole(path, as_png(canvas))
+
+# %% ../../nbs/01_basics/07_pictures.ipynb #e0d66e43
+def fingerprint(source # Path or bytes of a file
+               )->str: # 8 × 8 colours as hexadecimal digits
+    "What a picture can be known by later"
+    return open_picture(source).resize((8, 8), Image.BOX).tobytes().hex()
+
+# %% ../../nbs/01_basics/07_pictures.ipynb #0418b7f8
+def same_picture(a:str, b:str, # Two fingerprints
+                 most:int=8 # Of 255, by which a colour may differ
+                )->bool:
+    "Whether two fingerprints are those of one picture"
+    try: x, y = bytes.fromhex(a), bytes.fromhex(b)
+    except (TypeError, ValueError): return False
+    return len(x) == len(y) > 0 and all(abs(i - j) <= most for i, j in zip(x, y))
 
 # %% ../../nbs/01_basics/07_pictures.ipynb #55fcbb6f
 LITERAL = dict(parse_math=False, usetex=False)  # For matplotlib: this text is no formula

@@ -13,7 +13,7 @@ from torch import Tensor
 from .vae import decoded, encoded, keep_in_range
 from .cond import Cond, Features
 from .families import family_of
-from .loading import dtype_of, load_pipeline, load_vae
+from .loading import dtype_of, in_precision, load_pipeline, load_vae
 from .learner import Learner
 from .policies import Policies
 from .schedulers import (
@@ -321,8 +321,8 @@ def cast(self:Denoiser,
     if dtype == self.dtype: return self
     if self.policies.named:
         raise ValueError('cast: expected a model that does not learn yet, before add_lora or add_full')
-    self.pipe.to(dtype); keep_in_range(self.pipe.vae)
-    if self.score_vae is not None: self.score_vae.to(dtype)
+    in_precision(self.pipe, dtype); keep_in_range(self.pipe.vae)
+    if self.score_vae is not None: in_precision(self.score_vae, dtype)
     if not self.blind: self.cache = Features(self.cache.most)
     self.dtype, self.memo = dtype, None
     return self

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PADDING', 'CONFIGS', 'TIMES', 'dtype_of', 'variant_of', 'load_part', 'check_tokenizer', 'check_configs',
-           'check_length', 'check_scales', 'load_pipeline', 'load_vae']
+           'check_length', 'check_scales', 'in_precision', 'load_pipeline', 'load_vae']
 
 # %% ../../nbs/03_models/09_loading.ipynb #2c547cb3
 import importlib, math, torch
@@ -147,6 +147,16 @@ def check_scales(
         raise ValueError(f'model: {name}: scheduler: expected noise shares (betas) from 0 to 1, found '
                          f'{betas.min():.3g} to {betas.max():.3g}')
 
+# %% ../../nbs/03_models/09_loading.ipynb #448d9472
+def in_precision(net, # A network, or a pipeline of several
+                 dtype # Of the weights
+                ): # The same
+    "Every weight in this precision, without diffusers' warning about modules that stay in float32"
+    nets = net.components.values() if hasattr(net, 'components') else [net]
+    for o in nets:
+        if isinstance(o, torch.nn.Module): torch.nn.Module.to(o, dtype)
+    return net
+
 # %% ../../nbs/03_models/09_loading.ipynb #f14c85cc
 def load_pipeline(
     name, # Folder with `model_index.json`, or a name on the Hugging Face Hub
@@ -173,7 +183,7 @@ def load_pipeline(
             places = getattr(enc.config, 'max_position_embeddings', None)
             if places: check_length(name, k, tok.model_max_length, places)
     check_scales(name, pipe)
-    return pipe.to(dtype)
+    return in_precision(pipe, dtype)
 
 # %% ../../nbs/03_models/09_loading.ipynb #26597a99
 def load_vae(
@@ -187,5 +197,5 @@ def load_vae(
         vae = AutoModel.from_pretrained(str(name), dtype=dtype, variant=variant, use_safetensors=True)
         lack = [k for k, w in vae.state_dict().items() if w.is_meta]
         if lack: raise ValueError(f'lacks {len(lack)} weights, the first {lack[0]}')
-        return vae.to(dtype).requires_grad_(False).eval()
+        return in_precision(vae, dtype).requires_grad_(False).eval()
     except Exception as e: raise _load_error(str(name), e) from None

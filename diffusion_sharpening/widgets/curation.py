@@ -9,7 +9,7 @@ __all__ = ['Curation']
 from pathlib import Path
 from torch import Tensor
 from ..basics.files import read_json, write_json, write_whole
-from ..basics.pictures import as_png
+from ..basics.pictures import as_png, fingerprint, same_picture
 
 # %% ../../nbs/15_widgets/03_curation.ipynb #04063f34
 class Curation:
@@ -22,16 +22,26 @@ class Curation:
         if len(prompts) != len(pictures):
             raise ValueError(f'prompts: expected one for each of {len(pictures)} pictures, '
                              f'found {len(prompts)}')
+        if not len(prompts): raise ValueError('pictures: expected at least one, found none')
         self.prompts, self.pictures, self.folder = list(prompts), pictures, Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.known = [fingerprint(as_png(x, f'picture {i}')) for i, x in enumerate(pictures)]
         self.notes = self.folder.with_name(self.folder.name + '.json')
         self.marks = self._read() if self.notes.exists() else [None]*len(self.prompts)
+        for i in self.accepted:
+            if not all(f.exists() for f in self.files(i)): self._keep(i)
 
     def _read(self):
         found = read_json(self.notes)
         if not isinstance(found, dict) or found.get('prompts') != self.prompts:
             raise ValueError(f'{self.notes}: expected marks of these prompts, found those of others')
-        return found['marks']
+        marks, known = found.get('marks'), found.get('pictures')
+        fits = all(isinstance(o, list) and len(o) == len(self.prompts) for o in (marks, known))
+        if not fits or not all(m in (True, False, None) for m in marks):
+            raise ValueError(f'{self.notes}: expected a mark and a fingerprint for each prompt, found others')
+        if not all(map(same_picture, known, self.known)):
+            raise ValueError(f'{self.notes}: expected marks of these pictures, found those of others '
+                             'under the same prompts; name another folder for these')
+        return marks
 
     def files(self, i:int)->tuple:
         "The picture and the caption of sample `i`"
@@ -39,14 +49,21 @@ class Curation:
 
     def mark(self, i:int, accept):
         "Accept (True), reject (False), or neither (None); saved at once"
-        picture, caption = self.files(i)
-        if accept:
-            write_whole(picture, as_png(self.pictures[i]))
-            write_whole(caption, self.prompts[i])
-        else:
-            for f in (picture, caption): f.unlink(missing_ok=True)
-        self.marks[i] = accept
-        write_json(self.notes, dict(prompts=self.prompts, marks=self.marks))
+        if accept: self._keep(i)
+        elif self.marks[i]:
+            for f in self.files(i): f.unlink(missing_ok=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        marks = [*self.marks[:i], accept, *self.marks[i + 1:]]
+        write_json(self.notes, dict(prompts=self.prompts, pictures=self.known, marks=marks))
+        self.marks = marks
+
+    def _keep(self, i): # A file that is there already, and that no mark accounts for, is somebody else's
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for f, data in zip(self.files(i), (as_png(self.pictures[i]), self.prompts[i].encode())):
+            if not self.marks[i] and f.exists() and f.read_bytes() != data:
+                raise ValueError(f'{f}: expected no such file, found one that was not accepted here; '
+                                 'name another folder')
+            write_whole(f, data)
 
     @property
     def accepted(self)->list:

@@ -6,11 +6,11 @@
 __all__ = ['ANSWERS', 'Study', 'share', 'tally', 'save_choices', 'sampled', 'from_files']
 
 # %% ../../nbs/15_widgets/02_study.ipynb #bb70f753
-import json, math
+import hashlib, json, math
 import torch
 from pathlib import Path
 from ..basics.files import write_whole
-from ..basics.pictures import as_png
+from ..basics.pictures import as_png, fingerprint, same_picture
 from ..basics.seeds import stream
 from ..basics.texts import lines_of
 from ..basics.words import one_of
@@ -20,6 +20,11 @@ from ..methods.steps import whole_paths
 ANSWERS = ['left', 'right', 'tie']
 
 def _plain(o): return int(o) if isinstance(o, (int, torch.Tensor)) else str(o)
+
+def _seen(what, png): # A file is known by its bytes; a sample made again may differ by rounding
+    return fingerprint(png) if isinstance(_plain(what), int) else hashlib.sha256(png).hexdigest()
+
+def _same(what, a, b): return same_picture(a, b) if isinstance(_plain(what), int) else a == b
 
 def _row(line, where):
     try: r = json.loads(line)
@@ -38,6 +43,7 @@ class Study:
     ):
         self.pairs, self.path = [tuple(p) for p in pairs], Path(path)
         self.seed, self.names = seed, tuple(names)
+        if not self.pairs: raise ValueError('pairs: expected at least one pair of pictures, found none')
         self.answers = self._read() if self.path.exists() else []
 
     def _read(self):
@@ -71,19 +77,35 @@ class Study:
         "Number of the pair that is asked about; the number of pairs when all are answered"
         return len(self.answers)
 
-    def answer(self, side:str):
-        "Answer `left`, `right` or `tie` for the pair that is asked about, and save"
+    def answer(self, side:str, # `left`, `right` or `tie`
+               pngs:list=() # What was shown on the left and on the right
+              ):
+        "Answer for the pair that is asked about, and save"
         one_of(side, ANSWERS, 'answer')
         if self.at >= len(self.pairs): raise ValueError('answer: expected a pair to answer, found none left')
-        self.answers.append(self._answered(self.at, side))
-        self._write()
+        seen = [_seen(o, png) for o, png in zip(self.sides(self.at), pngs)]
+        more = dict(seen=seen) if seen else {}
+        self._write([*self.answers, self._answered(self.at, side) | more])
 
     def undo(self):
         "Take the last answer back"
-        if self.answers: self.answers.pop(); self._write()
+        if self.answers: self._write(self.answers[:-1])
 
-    def _write(self):
-        write_whole(self.path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in self.answers))
+    def _write(self, answers): # Counted as answers once they are on disk
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in answers))
+        self.answers = answers
+
+    def check(self, look # `look(prompt, what) -> PNG`
+             ):
+        "Refuse to go on if other pictures are shown now: all files are compared, and the last samples"
+        rows = [i for i, r in enumerate(self.answers) if r.get('seen')]
+        of_seeds = [i for i in rows if isinstance(_plain(self.pairs[i][1]), int)]
+        for i in sorted({*rows} - {*of_seeds[:-1]}):
+            now = [(o, _seen(o, look(self.pairs[i][0], o))) for o in self.sides(i)]
+            if not all(_same(o, a, b) for (o, a), b in zip(now, self.answers[i]['seen'])):
+                raise ValueError(f'{self.path}, line {i + 1}: expected the pictures that were judged, '
+                                 'found others; name another file for these')
 
 # %% ../../nbs/15_widgets/02_study.ipynb #d0c0de6b
 def share(k:int, n:int # How many of how many
@@ -113,6 +135,7 @@ def save_choices(study:Study, path # JSON lines
         worse = study.names[r['better'] == study.names[0]]
         sides = dict(zip(study.names, (r['first'], r['second'])))
         rows.append(dict(prompt=r['prompt'], better=sides[r['better']], worse=sides[worse]))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows))
     return len(rows)
 
