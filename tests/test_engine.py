@@ -44,7 +44,7 @@ def started(cmd):
 def run(cmd):
     "How a command line ends"
     if cmd[:len(SHARPEN)] != SHARPEN:
-        return subprocess.run(cmd, env=ENV, capture_output=True, text=True, timeout=240)
+        return subprocess.run(cmd, env=ENV, capture_output=True, text=True, timeout=900)
     r = started(cmd).end(240)
     return subprocess.CompletedProcess(cmd, r.code, r.out, r.err)
 

@@ -49,7 +49,8 @@ def test_every_script_is_python(path):
 
 def test_write(results, tmp_path, monkeypatch, capsys):
     "Commit, tree, hardware, versions and the command as it was typed"
-    monkeypatch.setattr(sys, 'argv', [str(dev/'bench.py'), 'rollout', '--model', 'a b', str(tmp_path/'qm9.whl')])
+    typed = ['rollout', '--model', 'a b', str(tmp_path/'qm9.whl')]
+    monkeypatch.setattr(sys, 'argv', [str(dev/'bench.py'), *typed])
     made = results.write('x', dict(answer=42, gap=float('nan')), ['numpy'], tmp_path/'new')
     found = json.loads((tmp_path/'new/x.json').read_text())
     assert found == made | dict(gap=None) == json.loads(capsys.readouterr().out)

@@ -21,11 +21,14 @@ ANSWERS = ['left', 'right', 'tie']
 
 def _plain(o): return int(o) if isinstance(o, (int, torch.Tensor)) else str(o)
 
-def _seen(what, png): # A file is known by its bytes; a sample made again may differ by rounding
+# %% ../../nbs/15_widgets/02_study.ipynb #36f05d45
+def _seen(what, png):
     return fingerprint(png) if isinstance(_plain(what), int) else hashlib.sha256(png).hexdigest()
 
+# %% ../../nbs/15_widgets/02_study.ipynb #cb8d27d3
 def _same(what, a, b): return same_picture(a, b) if isinstance(_plain(what), int) else a == b
 
+# %% ../../nbs/15_widgets/02_study.ipynb #af739591
 def _row(line, where):
     try: r = json.loads(line)
     except ValueError: r = None
