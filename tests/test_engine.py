@@ -93,7 +93,7 @@ def alone(xl):
 
 def test_two_processes_equal_one(xl, alone):
     r = launched(2, command(xl, xl/'two')); assert r.returncode == 0, r.stderr[-2000:]
-    assert r.stdout.count('all forwards, per update') == 1 and 'on 2 × ' in r.stdout       # the plan, once
+    assert r.stdout.count('sharpen plan prints the whole plan') == 1 and 'on 2 × ' in r.stdout       # the plan, once
     assert apart(alone, xl/'two') < 1e-2
     one, two = [[json.loads(l) for l in (d/'metrics.jsonl').read_text().splitlines()]
                 for d in (alone, xl/'two')]
@@ -130,7 +130,7 @@ def test_dealt_out_weights_learn_the_same(xl):
     r = run(command(xl, one, '--preset', 'paper')); assert r.returncode == 0, r.stderr[-2000:]
     r = many(2, command(xl, out, '--preset', 'paper', shard='true'))
     assert r.returncode == 0, r.stderr[-3000:]
-    assert r.stdout.count('all forwards, per update') == 1
+    assert r.stdout.count('sharpen plan prints the whole plan') == 1
     # whole weights in two processes: .025
     assert apart(one, out) < 5e-2
     a, b = [[json.loads(l) for l in (d/'metrics.jsonl').read_text().splitlines()] for d in (one, out)]
