@@ -93,7 +93,7 @@ def alone(xl):
 
 def test_two_processes_equal_one(xl, alone):
     r = launched(2, command(xl, xl/'two')); assert r.returncode == 0, r.stderr[-2000:]
-    assert r.stdout.count('sharpen plan prints the whole plan') == 1 and 'on 2 × ' in r.stdout       # the plan, once
+    assert r.stdout.count('sharpen plan prints the whole plan') == 1 and 'on 2 × ' in r.stdout
     assert apart(alone, xl/'two') < 1e-2
     one, two = [[json.loads(l) for l in (d/'metrics.jsonl').read_text().splitlines()]
                 for d in (alone, xl/'two')]
