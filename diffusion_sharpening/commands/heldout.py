@@ -82,13 +82,13 @@ def _split_of(asked, model): # As for `heldout_prompts`, of a run with prompts o
 # %% ../../nbs/13_commands/06_heldout.ipynb #0ed54369
 def trained_on(texts:list, # Prompts
                model:str, lora # Name of the model, and folder of a LoRA or None
-              )->int: # 0 also where the run had no file of its own, or the file is gone
+              )->int: # None where the run had no file of its own, or the file is gone
     "How many of these prompts the run of a LoRA was trained on"
     asked = record_of(lora)
     source = asked and asked.get('prompts')
-    if not source or source in WORLDS or source.startswith('hf:'): return 0
+    if not source or source in WORLDS or source.startswith('hf:'): return None
     try: train = {*_split_of(asked, model)[0]}
-    except ValueError: return 0
+    except ValueError: return None
     return sum(t in train for t in texts)
 
 # %% ../../nbs/13_commands/06_heldout.ipynb #5a10c8dd

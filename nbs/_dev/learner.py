@@ -22,8 +22,8 @@ from diffusion_sharpening.data.tables import prompt_set
 from diffusion_sharpening.evaluation.measure import evaluate
 from diffusion_sharpening.maths.choice import tied
 from diffusion_sharpening.maths.schedules import add_noise
-from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.methods.parts import at_end, candidate_seeds, from_prompt
+from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.training.loop import Callback, LINEAR, train
 from diffusion_sharpening.training.run import settings
 from diffusion_sharpening.worlds.exam import all_hold
