@@ -16,7 +16,9 @@ from diffusion_sharpening.commands.lists import method_settings
 from diffusion_sharpening.rewards.mllm import ASPECTS
 from diffusion_sharpening.rewards.remote import serving
 
-OWN = 'def redness(images, prompts): return images[:, 0].mean((1, 2))\n'
+OWN = '''def redness(images, prompts): return images[:, 0].mean((1, 2))
+def warm(images, prompts): return (images[:, 0] - images[:, 2]).mean((1, 2))
+'''
 FEW = dict(train=['--heldout', 2, '--S-eval', 1], sample=['--n', 2, '--S', 1], evaluate=['--n', 2, '--S', 1],
            search=['--n', 2, '--S', 2], demo=['--steps', 1],
            experiment=['--model', 'layouts', '--budget', 400, '--heldout', 4, '--no-tune'])
