@@ -38,15 +38,23 @@ def text_of(path # File
 # %% ../../nbs/01_basics/08_texts.ipynb #65900420
 def lines_of(path # File
             ): # Iterates over texts without their ends; ValueError for what cannot be read
-    "The lines of a file: line feeds end them, and nothing else"
+    "The lines of a file: line feeds end them, and nothing else where there is one"
     try:
         with open(path, 'rb') as f:
             wide = f.read(4).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
             f.seek(0)
             lines = (decoded(l, path, i) for i, l in enumerate(f, 1))
-            if wide: lines = decoded(f.read(), path).split('\n')
-            for l in lines: yield l.removesuffix('\n').removesuffix('\r')
+            if wide: lines = iter(decoded(f.read(), path).split('\n'))
+            for first in lines:
+                yield from _first(first)
+                for l in lines: yield _end(l)
     except OSError as e: raise ValueError(f'cannot read {path}: {e.strerror}') from None
+
+def _end(line): return line.removesuffix('\n').removesuffix('\r')
+
+# %% ../../nbs/01_basics/08_texts.ipynb #d7c23c19
+def _first(line): # An old Mac ends lines with carriage returns, so that all of them seem to be one
+    return [_end(line)] if '\n' in line else _end(line).split('\r')
 
 # %% ../../nbs/01_basics/08_texts.ipynb #8f679030
 def parsed(path, # Of the file, for errors

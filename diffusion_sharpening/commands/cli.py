@@ -121,8 +121,16 @@ ARGUMENTS = {name: arguments(c.does) for name, c in COMMANDS.items()}
 
 # %% ../../nbs/13_commands/16_cli.ipynb #e74b44ad
 class Parser(argparse.ArgumentParser):
-    "A parser whose complaints are a `ValueError`"
+    "A parser whose complaints are a `ValueError`; an option is written out"
     def error(self, message): raise ValueError(message)
+
+    def parse_args(self, args=None):
+        found, more = self.parse_known_args(args)
+        known = [o for o in self._option_string_actions if o.startswith('--')]
+        for a in more:
+            if a.startswith('--'): one_of(a.partition('=')[0], known, 'option')
+        if more: self.error(f'unrecognized arguments: {brief(" ".join(more))}')
+        return found
 
 # %% ../../nbs/13_commands/16_cli.ipynb #ffa3cacb
 def text(value:str)->str:
@@ -168,7 +176,7 @@ def parser(name:str # One of `COMMANDS`
           )->argparse.ArgumentParser:
     "The argument parser of a command, from its function"
     p = Parser(f'sharpen {name}', description=about(name), argument_default=argparse.SUPPRESS,
-               epilog='\n  '.join(['examples:', *EXAMPLES[name]]),
+               epilog='\n  '.join(['examples:', *EXAMPLES[name]]), allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     for a in ARGUMENTS[name]: _add(p, a)
     if COMMANDS[name].settings: _more_settings(p)

@@ -92,6 +92,7 @@ def base_of(model:str=None, # As it was asked for; None: as the run says, or the
     if model is not None: return full_name(named(model, 'model'))
     if lora is None: return next(m for w in WORLDS.values() for m in w.models)
     run = Path(named(lora, 'lora'))
+    if not run.exists(): raise ValueError(f'lora: expected the folder of a run or of a LoRA, found no {run}')
     for file in (run/'report.json', run/'run.json', run/merge_file):
         try: found = read_json(file).get('model')
         except (ValueError, AttributeError): continue

@@ -25,11 +25,12 @@ def parts_of(line:str # `runs/a:.7,runs/b:.3`
             )->list: # `Named`; ValueError shows what does not fit
     "The adapters of a merge and their weights"
     found = []
-    for text in line.split(','):
-        path, _, w = text.strip().rpartition(':')
-        number = re.fullmatch(r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?', w.strip(), re.I) and ':' in text
-        part = Named(path, float(w)) if number else Named(text.strip(), 1.)
-        if not part.path or not math.isfinite(part.weight):
+    for text in (t.strip() for t in line.split(',')):
+        path, colon, w = text.rpartition(':')
+        number = re.fullmatch(r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?', w.strip(), re.I) and colon
+        part = Named(path, float(w)) if number else Named(text, 1.)
+        wrong = colon and not number and Path(path).exists() and not Path(text).exists()
+        if not part.path or wrong or not math.isfinite(part.weight):
             raise ValueError(f'merge: expected FOLDER:WEIGHT,FOLDER:WEIGHT, found {brief(line)}')
         found.append(part)
     return found

@@ -32,6 +32,7 @@ def read_config(path # JSON file with an object of settings, or one of `SIZES`
     "Settings from a file, or those of `SIZES`"
     if str(path) in SIZES and not Path(path).exists(): return dict(SIZES[str(path)])
     try: cfg = read_json(path)
-    except ValueError as e: raise ValueError(f'config: {e}') from None
+    except ValueError as e:
+        raise ValueError(f'config: expected a file or one of {", ".join(SIZES)}; {e}') from None
     if isinstance(cfg, dict): return cfg
     raise ValueError(f'config: expected an object of settings in {path}, found {type(cfg).__name__}')

@@ -357,6 +357,7 @@ def plan_table(rows:list, # From `plan`
     "A plan as text"
     def show(x):
         if isinstance(x, (bool, str)): return {True: 'yes', False: 'no'}.get(x, x)
+        if 0 < x < 1e-3: return '< 0.001'
         return f'{x:,.4g}' if x < 1e4 else f'{x:,.0f}'
     table = [[r['name'].replace('_', ' '), show(r['value']), r['unit'], r['about']]
              for r in rows[1:] if names is None or r['name'] in names]
