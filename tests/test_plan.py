@@ -1,6 +1,7 @@
 "What a plan says against what happens: published counts, a real training counted, and the choices it makes"
 import json
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from functools import partial
 
@@ -62,20 +63,27 @@ def metered(d):
     return seen
 
 
-def counted(folder, name, preset, **changes):
-    "One batch of a real training: network evaluations by kind, decodes, TFLOP; a meter counts the same"
+def total_flops(do):
+    "Of what runs within the counter that `do` is given; attention in its plain form, which is counted"
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH): do(counter)
+    return counter.get_total_flops()
+
+
+def counted(folder, name, preset, within=None, **changes):
+    "One batch of a real training, perhaps within a counter: evaluations by kind, and decodes, as a meter counts"
     run, method = settings(name, preset, **changes)
     d = Denoiser.from_pretrained(folder, guidance=1., device='cpu')
     prepare(d, run, method)
     source = Columns(d, PROMPTS, noise_columns(method, d.item, 2), 2, run.seed)
     batch, seen, meter = source.batch(0), metered(d), Meter(d)
-    with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+    with within or nullcontext():
         with torch.no_grad(): lesson = method.collect(meter, Bright(), batch)
         for u in range(method.updates): method.loss(meter, Bright(), lesson, u)[0].mean().backward()
     assert meter.nfe == seen['lesson'] + seen['plain']
-    return seen, flops.get_total_flops()/1e12
+    return seen
 
 
 # how many are accepted by chance hangs on the rewards
@@ -86,7 +94,7 @@ fixed = [o for o in names if o not in (('graft', 'chance'), ('graft', 'classical
 def test_evaluations_are_those_of_a_training(folders, name, preset):
     "Every method, on a real model: what is planned is what is counted, exactly"
     changes = small_for(name, preset)
-    seen, _ = counted(folders/'xl', name, preset, **changes)
+    seen = counted(folders/'xl', name, preset, **changes)
     ask = evaluations(*settings(name, preset, **changes), batches=1)
     assert ask['lesson'] == seen['lesson']
     assert ask['rollout'] + ask['old'] + ask['reference'] == seen['plain']
@@ -99,7 +107,7 @@ def test_evaluations_are_those_of_a_training(folders, name, preset):
 def test_flops_are_those_of_a_training(folders, layout, name, preset):
     "LoRA of rollouts and lessons is in them, and not in those of the reference"
     changes = small_for(name, preset, layers='linear', rank=8, guidance=1., early=0., late=.5)
-    _, tflop = counted(folders/layout, name, preset, **changes)
+    tflop = total_flops(lambda counter: counted(folders/layout, name, preset, counter, **changes))/1e12
     planned = values(plan(str(folders/layout), name, preset, **changes))
     assert planned['tflop'] == pytest.approx(tflop, rel=.01)
     assert planned['F'] > units_of(str(folders/layout), None, Run(rank=8))[0]['reference'].tflop

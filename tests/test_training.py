@@ -1,5 +1,6 @@
 "The loop on a real pipeline of small size: same seed, same weights; what is saved is what was trained"
 import json, math
+from functools import cache
 
 import pytest, torch
 from safetensors.torch import load_file
@@ -308,20 +309,31 @@ def test_fields_are_those_of_the_whole_catalogue():
     assert {f for _, p, f in FIELDS if p != 'default'} == {'threshold', 'tau', 'alpha'}
 
 
+@cache
+def traced(xl, name, preset, once, changes):
+    "The trace of a method with these settings, pairs of name and value"
+    d = load(xl)
+    if once: d.keys = lambda things: torch.zeros(things.shape[:2]).long()     # all are equal
+    run, method = settings(name, preset, rank=2, **dict(changes))
+    prepare(d, run, method)
+    with torch.no_grad(): [p.add_(.02) for p in d.trainable()]
+    return trace(d, method)
+
+
+def test_a_trace_is_always_the_same(xl):
+    "So that only a setting can make two traces differ"
+    same = [traced.__wrapped__(xl, 'rlhf', 'paper', False, (('S', 4), ('m', 2))) for _ in range(2)]
+    assert same[0] == same[1]
+
+
 @pytest.mark.parametrize('name, preset, field', FIELDS)
 def test_every_field_of_a_method_changes_something(xl, name, preset, field):
     fields = type(find(name, preset)()).__dataclass_fields__
     base = {k: v for k, v in (LITTLE | BESIDE.get(field, {})).items() if k in fields}
     if field == 'through': base['m'] = 3
-    def run(**changes):
-        d = load(xl)
-        if field == 'once': d.keys = lambda things: torch.zeros(things.shape[:2]).long()     # all are equal
-        run, method = settings(name, preset, rank=2, **{**base, **changes})
-        prepare(d, run, method)
-        with torch.no_grad(): [p.add_(.02) for p in d.trainable()]
-        return trace(d, method)
     other = not METHODS[name]().group if field == 'group' else OTHER[field]
     if other == fields[field].default: other /= 10
+    def run(**changes): return traced(xl, name, preset, field == 'once', (*sorted((base | changes).items()),))
     assert run() != run(**{field: other})
 
 
