@@ -138,6 +138,7 @@ def test_dealt_out_weights_learn_the_same(xl):
         assert [r[k] for r in a] == pytest.approx([r[k] for r in b], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_dealt_out_full_fine_tune_goes_on_in_one_process(xl):
     weights = lambda d: load_file(next((d/'model'/'unet').glob('*.safetensors')))
     r = run(command(xl, xl/'full1', rank=0, lr=1e-3)); assert r.returncode == 0, r.stderr[-2000:]
@@ -154,6 +155,7 @@ def test_dealt_out_full_fine_tune_goes_on_in_one_process(xl):
     assert sum((a[k]-b[k]).square().sum() for k in a).sqrt() < 2e-2*moved
 
 
+@pytest.mark.slow
 def test_reward_that_fails_in_one_process_of_dealt_out_weights(xl, tmp_path):
     "The other process still has the weights of the reference in place: both leave the batch together"
     (tmp_path/'odd.py').write_text("import os\ncalls = []\ndef odd(images, prompts):\n    calls.append(1)\n"

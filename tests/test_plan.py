@@ -145,6 +145,7 @@ def test_training_takes_the_chunk_of_the_plan(folders, monkeypatch):
     assert s.run.micro == 1 and s.k == 1 and s.skipped == 0
 
 
+@pytest.mark.slow
 def test_advice():
     "What fits needs none; what does not gets settings that do, as they are typed"
     def asked(device, **more): return partial(plan, 'sdxl', 'rlhf', 'paper', device, 512, **more)
