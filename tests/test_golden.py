@@ -1,4 +1,4 @@
-"""Losses of the first updates of every method on the embedded model, held to a file: 8 of 20, or all if asked.
+"""Losses of the first updates of every method on the embedded model, held to a file: 8, or 20 if asked.
 
 `python tests/test_golden.py` writes the file anew: only after a change of the weights or of
 a method."""

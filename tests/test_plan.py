@@ -73,7 +73,7 @@ def total_flops(do):
 
 
 def counted(folder, name, preset, within=None, **changes):
-    "One batch of a real training, perhaps within a counter: evaluations by kind, and decodes, as a meter counts"
+    "One batch of a real training, perhaps within a counter: evaluations by kind, decodes; a meter agrees"
     run, method = settings(name, preset, **changes)
     d = Denoiser.from_pretrained(folder, guidance=1., device='cpu')
     prepare(d, run, method)
