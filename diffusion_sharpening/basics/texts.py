@@ -6,7 +6,7 @@
 __all__ = ['decoded', 'text_of', 'lines_of', 'parsed', 'hidden', 'names_in']
 
 # %% ../../nbs/01_basics/08_texts.ipynb #167c2aac
-import codecs, json, os
+import codecs, io, json, os
 from pathlib import Path
 
 # %% ../../nbs/01_basics/08_texts.ipynb #aed69cc4
@@ -32,8 +32,11 @@ def decoded(data:bytes, # Content of a file, or of a line of it
 def text_of(path # File
            )->str: # ValueError for what cannot be read
     "The text of a file"
-    try: return decoded(Path(path).read_bytes(), path)
+    try: return _unix(decoded(Path(path).read_bytes(), path))
     except OSError as e: raise ValueError(f'cannot read {path}: {e.strerror}') from None
+
+def _unix(text): # An old Mac ends lines with carriage returns, so that a file seems to have one line
+    return text if '\n' in text else text.replace('\r', '\n')
 
 # %% ../../nbs/01_basics/08_texts.ipynb #65900420
 def lines_of(path # File
@@ -44,17 +47,13 @@ def lines_of(path # File
             wide = f.read(4).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE))
             f.seek(0)
             lines = (decoded(l, path, i) for i, l in enumerate(f, 1))
-            if wide: lines = iter(decoded(f.read(), path).split('\n'))
+            if wide: lines = io.StringIO(decoded(f.read(), path), newline='\n')
             for first in lines:
-                yield from _first(first)
+                yield from map(_end, io.StringIO(_unix(first), newline='\n'))
                 for l in lines: yield _end(l)
     except OSError as e: raise ValueError(f'cannot read {path}: {e.strerror}') from None
 
 def _end(line): return line.removesuffix('\n').removesuffix('\r')
-
-# %% ../../nbs/01_basics/08_texts.ipynb #d7c23c19
-def _first(line): # An old Mac ends lines with carriage returns, so that all of them seem to be one
-    return [_end(line)] if '\n' in line else _end(line).split('\r')
 
 # %% ../../nbs/01_basics/08_texts.ipynb #8f679030
 def parsed(path, # Of the file, for errors

@@ -115,9 +115,7 @@ def _separated(path, lines, mark):  # A table of cells between marks, some of th
 
 # %% ../../nbs/07_data/01_tables.ipynb #bd9f6aca
 def _csv(path):
-    text = text_of(path)
-    if '\n' not in text: text = text.replace('\r', '\n')  # as old Macs end lines
-    lines = [*io.StringIO(text, newline='\n')] or ['']
+    lines = [*io.StringIO(text_of(path), newline='\n')] or ['']
     if told := re.fullmatch('sep=(.)\r?\n?', lines[0]): lines[0] = '\n'  # a line that Excel understands
     return _separated(path, lines, told[1] if told else _separator(lines[0]))
 

@@ -45,9 +45,9 @@ def left_of(arms:dict, seeds:int, tune:bool, # As for `experiment`
     "What of an experiment is still to be done"
     runs = [a for seed in range(seeds) for k, a in [('base', None), *arms.items()]
             if not (out/'runs'/name_of(k, seed)).exists()]
-    tries = tune*sum(3 + len(a.tries) for a in arms.values() if isinstance(a, Arm))
-    made = [p for p in (out/'tries').glob('*.json') if p.name != name_of('base', TUNING)]
-    return runs, max(0, tries - len(made))
+    def made(k): return len([*(out/'tries').glob(name_of(f'{k} lr ', '').replace('-.json', '*'))])
+    tries = [3 + len(a.tries) - made(k) for k, a in arms.items() if isinstance(a, Arm)]
+    return runs, tune*sum(max(0, o) for o in tries)
 
 # %% ../../nbs/14_experiments/14_command.ipynb #4698583f
 def work_of(bed:Bed, # Where

@@ -12,6 +12,7 @@ import math, torch
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from ..models.cond import Cond
 from ..data.sources import Columns
@@ -357,8 +358,7 @@ def plan_table(rows:list, # From `plan`
     "A plan as text"
     def show(x):
         if isinstance(x, (bool, str)): return {True: 'yes', False: 'no'}.get(x, x)
-        if 0 < x < 1e-3: return '< 0.001'
-        return f'{x:,.4g}' if x < 1e4 else f'{x:,.0f}'
+        return format(Decimal(f'{x:.4g}'), ',f') if x < 1e4 else f'{x:,.0f}'  # no exponent
     table = [[r['name'].replace('_', ' '), show(r['value']), r['unit'], r['about']]
              for r in rows[1:] if names is None or r['name'] in names]
     return f"{rows[0]['value']}\n{columns(table, right=(1,))}"
