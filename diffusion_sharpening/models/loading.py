@@ -33,7 +33,7 @@ def broken_weights(
     return found
 
 # %% ../../nbs/03_models/09_loading.ipynb #25d78b0e
-def _load_error(name, e, part=''):  # One line for whatever kept diffusers from loading `name`, or a part of it
+def _load_error(name, e, part=''):  # One line for whatever kept diffusers from loading
     for file, why in broken_weights(Path(name)/part).items():
         return ValueError(f'model: {file} is no whole safetensors file ({why}); was it copied or '
                           'downloaded to its end?')
