@@ -22,7 +22,7 @@ $(stamp): settings.ini constraints.txt setup.py
 	@test -x $(BIN)/pip || { echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }; }
 	@echo "Installing (some GB the first time; a few minutes)"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	@$(in_venv) uv pip install -q -c constraints.txt -e '.[dev]'
+	@$(in_venv) uv pip install -q --compile-bytecode -c constraints.txt -e '.[dev]'
 	@$(in_venv) uv pip install -q --no-deps image-reward==1.5  # its pins exclude open_clip 3; only ImageReward(backend='package') uses it
 	@touch $@
 

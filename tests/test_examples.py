@@ -120,6 +120,7 @@ def test_examples_run(there, page):
             argv = [a.replace('http://first-machine:8765/score', remote)
                      .replace('http://127.0.0.1:8000/v1', chat.url) for a in argv]
             if argv[0] == 'serve-reward': why = served(env, argv, there)
+            elif argv[0] == 'plan': why = cli.run(argv) and 'refused'       # here: what it counts is kept
             else: why = trouble(Child(*argv, at=there, env=env, before=few_held_out).end(300), 0)
             assert not why, f'{line}: {why}'
 

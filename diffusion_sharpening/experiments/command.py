@@ -76,7 +76,7 @@ def estimate(bed:Bed, # Where
             )->str: # Empty where nothing is left
     "How long an experiment will take"
     total = work_of(bed, runs, tries)*pace(bed) if runs else 0
-    about = f'{total/60:.0f} minutes' if total > 90 else f'{total:.0f} seconds'
+    about = f'{total/60:.0f} minutes' if total > 90 else f'{total:.0f} s'
     tuning = f' and {tries} tries' if tries else ''
     return f'{len(runs)} runs{tuning}: about {about} here' if runs else ''
 
@@ -119,7 +119,7 @@ def experiment(
     seeds:int=3, # Runs of each arm
     heldout:int=960, # Held-out prompts that are measured
     tune:bool=True, # Tune each method first, with six short runs?
-    quick:bool=False, # One seed, no tuning, an eighth of the budget, 32 prompts
+    quick:bool=False, # One seed, no tuning, a sixteenth of the budget, 32 prompts, one look
     also:str=None, # Further judges, with commas between them
     eta:float=None, # Fresh noise of the sampler, 0: none; None: as the world samples
     only:str='', # Some of the arms, with semicolons between them
@@ -128,13 +128,13 @@ def experiment(
 )->dict: # Name of the arm → `value`, `change`, `sets`, `curve`, costs
     "Compare methods or searches at equal compute, over seeds, with intervals; it goes on where it was"
     quiet()
-    if quick: budget, seeds, heldout, tune = budget/8, 1, min(heldout, 32), False
+    if quick: budget, seeds, heldout, tune = budget/16, 1, min(heldout, 32), False
     for k, v in dict(budget=budget, seeds=seeds, heldout=heldout).items():
         if v < 1: raise ValueError(f'{k}: expected at least 1, found {v:g}')
     check_sampler(eta=eta)
     more = tuple(k.strip() for k in also.split(',')) if also else ()
     model = base_of(model)
-    bed = bed_of(model, reward, budget=budget, heldout=heldout, also=more, eta=eta)
+    bed = bed_of(model, reward, budget=budget, heldout=heldout, looks=1 if quick else 4, also=more, eta=eta)
     arms = arms_of(name, only, bed.followed.differentiable)
     out = output_folder(out or f'runs/{name}-{Path(model).name}')
     asked = dict(experiment=name, model=model, reward=bed.reward, budget=budget, heldout=heldout,

@@ -2,12 +2,13 @@
 """How the default rule learns: data/results/learner.json and learner-signal.json
 
 `python nbs/_dev/learner.py signal shapes FOLDER` measures the first gradient of each model: its signal
-against its noise, by how times are drawn, and how far it is the gradient of guidance. `python
+against its noise, by what candidates share and how often they are asked, and how far it is the gradient
+of guidance. `python
 nbs/_dev/learner.py run NAME --steps 80 --set lr=1e-3` trains with the exam as reward and looks at held-out
 captions on the way; `--reward clip` follows a judge instead and looks at both. Its log is
 runs/learner/NAME.json. `gather NAME…` puts logs together."""
 import argparse, json, time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 from results import write
@@ -21,8 +22,9 @@ from diffusion_sharpening.data.sources import Prompts
 from diffusion_sharpening.data.tables import prompt_set
 from diffusion_sharpening.evaluation.measure import evaluate
 from diffusion_sharpening.maths.choice import tied
+from diffusion_sharpening.maths.rollout import rollout
 from diffusion_sharpening.maths.schedules import add_noise
-from diffusion_sharpening.methods.parts import at_end, candidate_seeds, from_prompt
+from diffusion_sharpening.methods.parts import at_end, candidate_seeds
 from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.training.loop import Callback, LINEAR, train
 from diffusion_sharpening.training.run import settings
@@ -32,27 +34,49 @@ from diffusion_sharpening.worlds.world import WORLDS
 root, W = Path(__file__).resolve().parents[2], WORLDS['shapes']
 logs = root/'runs'/'learner'
 
-# Ways to ask: first and last time; is the time shared by a prompt's candidates?
-WAYS = {'anywhere': (0, 1000, False), '400 to 900': (400, 900, False),
-        '400 to 900, one time': (400, 900, True)}
+@dataclass
+class Way:
+    "What the candidates of a prompt share, and how they are asked"
+    lo: int = 400 # First time
+    hi: int = 900 # Last time
+    one_time: bool = True # Is it shared?
+    one_noise: bool = False # Is the fresh noise shared?
+    draws: int = 1 # Times and noises of each
+    steps: int = 0 # Of ten of the sampler that are shared; they branch after that
+
+WAYS = {'anywhere': Way(0, 1000, False), '400 to 900': Way(one_time=False), 'one time': Way(),
+        'one time and noise': Way(one_noise=True), 'four draws': Way(draws=4),
+        'four draws, one noise': Way(one_noise=True, draws=4), 'sixteen draws': Way(draws=16),
+        'four draws, 2 steps': Way(draws=4, steps=2), 'four draws, 5 steps': Way(draws=4, steps=5)}
+
+def sampled(model, S, seeds, cond, shared):
+    "One sample for each seed; those of a prompt share the first steps"
+    first, grid = (seeds[:1] if shared else seeds), model.grid(S)
+    x = noise(first, START, model.item)
+    if shared: x = rollout(model, x, grid[:shared + 1], cond, model.eta, first, keep=False).end
+    x = x.expand(len(seeds), *x.shape[1:])
+    return rollout(model, x, grid[shared:], cond, model.eta, seeds, keep=False).end
 
 @torch.no_grad()
-def candidates(model, prompts, n, S):
-    "Per prompt: samples, rewards, seeds, conditioning"
+def candidates(model, prompts, n, S, shared):
+    "Per prompt whose candidates differ: samples, rewards, seeds, conditioning; and the spread of all"
     source, out = Prompts(model, prompts, size=8), []
     for k in range(len(prompts)//8):
         b = source.batch(k); seeds = candidate_seeds(b.seeds, n)
-        x0 = from_prompt(model, S, seeds, b.cond, model.eta)
+        x0 = sampled(model, S, seeds, b.cond, shared)
         R, _ = at_end(model, W.exam, x0, b.prompts)
         out += [(x0[:, j], R[:, j], seeds[:, j], b.cond[[j]*n]) for j in range(8)]
-    return out
+    std = torch.stack([R - R.mean() for _, R, _, _ in out]).square().mean().sqrt()
+    return [g for g in out if not tied(g[1][:, None]).all()], std
 
-def noisy(model, x0, seeds, lo, hi, one_time):
+def noisy(model, x0, seeds, way, k):
     "One prompt's candidates, noised again: states and times"
-    share = (stream(seeds, 'time', 0) % 2**24).double()/2**24
-    if one_time: share = share[:1].expand(len(seeds))
-    t = (lo + share*(hi - lo)).long()
-    return add_noise(model.schedule, x0, noise(stream(seeds, 'fresh', 0), START, model.item), t), t
+    def drawn(what, shared):
+        s = stream(seeds, what, k)
+        return s[:1].expand(len(s)) if shared else s
+    share = (drawn('time', way.one_time) % 2**24).double()/2**24
+    t = (way.lo + share*(way.hi - way.lo)).long()
+    return add_noise(model.schedule, x0, noise(drawn('fresh', way.one_noise), START, model.item), t), t
 
 def pull(pred, target, weight=1.):
     "The loss that pulls estimates towards targets, or pushes them away"
@@ -64,18 +88,26 @@ def gradient(loss, model):
     found = torch.autograd.grad(loss, model.trainable(), allow_unused=True)
     return torch.cat([g.flatten() for g in found if g is not None])
 
+def mean_gradient(model, way, loss):
+    "Of `loss(k)` over the draws"
+    return sum(gradient(loss(k), model) for k in range(way.draws))/way.draws
+
 def of_reward(model, group, way, std):
     "The first gradient that one prompt gives"
     x0, R, seeds, cond = group
-    x_t, t = noisy(model, x0, seeds, *way)
-    return gradient(pull(model.predict(x_t, t, cond)[0], x0, (R - R.mean())/std), model)
+    def loss(k):
+        x_t, t = noisy(model, x0, seeds, way, k)
+        return pull(model.predict(x_t, t, cond)[0], x0, (R - R.mean())/std)
+    return mean_gradient(model, way, loss)
 
 def of_guidance(model, group, way, scale=3.):
     "The gradient that pulls the same estimates to those under guidance"
     x0, _, seeds, cond = group
-    x_t, t = noisy(model, x0, seeds, *way)
-    with torch.no_grad(): aim = model.with_guidance(scale).predict(x_t, t, cond)[0]
-    return gradient(pull(model.predict(x_t, t, cond)[0], aim), model)
+    def loss(k):
+        x_t, t = noisy(model, x0, seeds, way, k)
+        with torch.no_grad(): aim = model.with_guidance(scale).predict(x_t, t, cond)[0]
+        return pull(model.predict(x_t, t, cond)[0], aim)
+    return mean_gradient(model, way, loss)
 
 def products(A, B):
     "Of gradients of different prompts"
@@ -100,19 +132,18 @@ def cosine(G, H):
     return dict(cosine=found.item(), cosine_error=error.item())
 
 def signal(a):
-    "Every way on the same candidates of each model, and how far the signal is that of guidance"
+    "Every way, and how far the signal is that of guidance"
     rows, prompts = [], prompt_set('shapes', seed=0)[:a.prompts]
     for name in a.models:
         model = load_model(name, guidance=1., eta=1.).add_lora(32, targets=LINEAR, seed=0)
-        groups = candidates(model, prompts, 8, 10)
-        std = torch.stack([R - R.mean() for _, R, _, _ in groups]).square().mean().sqrt()
-        live = [g for g in groups if not tied(g[1][:, None]).all()]
-        for way, times in WAYS.items():
-            G = torch.stack([of_reward(model, g, times, std) for g in live])
-            rows.append(dict(model=Path(name).name, way=way) | ratio(G))
+        made = {k: candidates(model, prompts, 8, 10, k) for k in {w.steps for w in WAYS.values()}}
+        for label, way in WAYS.items():
+            live, std = made[way.steps]
+            G = torch.stack([of_reward(model, g, way, std) for g in live])
+            rows.append(dict(model=Path(name).name, way=label, spread=std.item()) | asdict(way) | ratio(G))
+            if label == 'four draws':
+                rows[-1] |= cosine(G, torch.stack([of_guidance(model, g, way) for g in live]))
             print(rows[-1], flush=True)
-        rows[-1] |= cosine(G, torch.stack([of_guidance(model, g, times) for g in live]))
-        print(rows[-1], flush=True)
     write('learner-signal', dict(candidates=8, S=10, eta=model.eta, rank=32, guidance=3., rows=rows))
 
 class Watch(Callback):
