@@ -166,6 +166,7 @@ class Watch(Callback):
         means = {k: interval(v, 'captions') for k, v in found.items()}
         self.rows.append(means | dict(batch=s.k, candidates=of))
         print({k: shown(v) if k in means else v for k, v in self.rows[-1].items()}, flush=True)
+        self.keep()
 
 def run(a):
     "One training with the exam as reward, or with a judge"
@@ -174,14 +175,15 @@ def run(a):
     texts = W.prompts(a.n, 'heldout', 1)
     judge = load_reward(a.reward, W.name) if a.reward else W.exam
     watch = Watch(texts, a.every, dict(exam=W.exam) | ({a.reward: judge} if a.reward else {}), model)
-    start = time.process_time()
-    train(model, method, judge, Prompts(model, prompts, made.batch, made.seed), made, [watch])
-    said = dict(name=a.name, reward=a.reward or 'exam', captions=a.n, rows=watch.rows,
-                base=interval(watch.base['exam'], 'captions'),
-                cpu_seconds=time.process_time() - start,
-                settings=dict(run=asdict(made), method=asdict(method)))
+    start, file = time.process_time(), logs/f'{a.name}.json'
     logs.mkdir(parents=True, exist_ok=True)
-    write_json(logs/f'{a.name}.json', provenance() | said)
+    def keep():                                                  # after each look, so that a stop loses none
+        write_json(file, provenance() | dict(
+            name=a.name, reward=a.reward or 'exam', captions=a.n, rows=watch.rows,
+            base=interval(watch.base['exam'], 'captions'), cpu_seconds=time.process_time() - start,
+            settings=dict(run=asdict(made), method=asdict(method))))
+    watch.keep = keep
+    train(model, method, judge, Prompts(model, prompts, made.batch, made.seed), made, [watch])
 
 def gather(a): write('learner', dict(runs=[json.loads((logs/f'{n}.json').read_text()) for n in a.names]))
 
