@@ -110,7 +110,8 @@ def served(env, argv, at):
 
 
 @pytest.mark.parametrize('page', PAGES)
-def test_examples_run(there, page):
+def test_examples_run(there, page, monkeypatch):
+    monkeypatch.chdir(there)
     grades = json.dumps(dict.fromkeys(ASPECTS, 7))
     with serving(load_reward('clip@shapes')) as remote, FaultProxy(answer=lambda body: grades) as chat:
         for line in PAGES[page]:
