@@ -138,7 +138,7 @@ def experiment(
     arms = arms_of(name, only, bed.followed.differentiable)
     out = output_folder(out or f'runs/{name}-{Path(model).name}')
     asked = dict(experiment=name, model=model, reward=bed.reward, budget=budget, heldout=heldout,
-                 also=list(more), S=bed.S, eta=eta, tune=tune, like=like)
+                 also=list(more), S=bed.S, eta=eta, tune=tune, like=like, quick=quick or None)
     tries = like and tries_of(like, model, bed.reward)
     with locked(out):
         begun = begin(out, asked)

@@ -149,8 +149,8 @@ def signal(a):
 class Watch(Callback):
     "The exam on held-out captions every so often, and the judge that is followed"
     order = 90
-    def __init__(self, texts, every, judges, model):
-        self.texts, self.every, self.judges, self.rows = texts, every, judges, []
+    def __init__(self, texts, every, judges, model, keep): # `keep(watch)` after each look: a stop loses none
+        self.texts, self.every, self.judges, self.keep, self.rows = texts, every, judges, keep, []
         self.base = self.scores(model)
     def scores(self, model): return evaluate(model, self.texts, self.judges).scores
     def update(self, s):
@@ -166,7 +166,7 @@ class Watch(Callback):
         means = {k: interval(v, 'captions') for k, v in found.items()}
         self.rows.append(means | dict(batch=s.k, candidates=of))
         print({k: shown(v) if k in means else v for k, v in self.rows[-1].items()}, flush=True)
-        self.keep()
+        self.keep(self)
 
 def run(a):
     "One training with the exam as reward, or with a judge"
@@ -174,15 +174,15 @@ def run(a):
     model, prompts = load_model('shapes'), prompt_set('shapes', seed=made.seed)
     texts = W.prompts(a.n, 'heldout', 1)
     judge = load_reward(a.reward, W.name) if a.reward else W.exam
-    watch = Watch(texts, a.every, dict(exam=W.exam) | ({a.reward: judge} if a.reward else {}), model)
+    judges = dict(exam=W.exam) | ({a.reward: judge} if a.reward else {})
     start, file = time.process_time(), logs/f'{a.name}.json'
     logs.mkdir(parents=True, exist_ok=True)
-    def keep():                                                  # after each look, so that a stop loses none
+    def keep(watch):
         write_json(file, provenance() | dict(
             name=a.name, reward=a.reward or 'exam', captions=a.n, rows=watch.rows,
             base=interval(watch.base['exam'], 'captions'), cpu_seconds=time.process_time() - start,
             settings=dict(run=asdict(made), method=asdict(method))))
-    watch.keep = keep
+    watch = Watch(texts, a.every, judges, model, keep)
     train(model, method, judge, Prompts(model, prompts, made.batch, made.seed), made, [watch])
 
 def gather(a): write('learner', dict(runs=[json.loads((logs/f'{n}.json').read_text()) for n in a.names]))
