@@ -90,9 +90,11 @@ def test_a_key_answers_a_study(lab, browser):
     tab = opened(browser, address, 'small.ipynb')
     run_all(tab, 'ran to its end')
     answers = here/'nbs'/'study'/'answers.jsonl'
-    tab.hover('.sharpen-study')
-    for key, said, lines in (('ArrowRight', '1 of 4', 1), ('t', '2 of 4', 2), ('Backspace', '1 of 4', 1),
-                             ('ArrowLeft', '2 of 4', 2), ('ArrowDown', '3 of 4', 3)):
+    for key, name, said, lines in (('ArrowRight', 'right', '1 of 4', 1), ('t', 'tie', '2 of 4', 2),
+                                   ('Backspace', 'undo', '1 of 4', 1), ('ArrowLeft', 'left', '2 of 4', 2),
+                                   ('ArrowDown', 'tie', '3 of 4', 3)):
+        tab.wait_for_selector(f'.sharpen-study .sharpen-{name}:enabled')
+        tab.hover('.sharpen-study')                               # where it is now: a page may scroll
         tab.keyboard.press(key)
         tab.wait_for_selector(f'.sharpen-study >> text="{said} answered"')
         assert len(answers.read_text().splitlines()) == lines

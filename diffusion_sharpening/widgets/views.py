@@ -137,28 +137,30 @@ class StudyView:
             if key == 'undo': self.study.undo()
             elif self.drawn == self.study.at: self.study.answer(key, [bytes(o.value) for o in self.pictures])
             if self.choices: save_choices(self.study, self.choices)
-        except Exception as e: self.drawn, self.said.value = None, wrong(e) + AGAIN
+        except Exception as e:
+            self.drawn, self.said.value = None, wrong(e) + AGAIN
+            self.buttons['undo'].disabled = not self.study.answers
         else: self.draw()
-        self.buttons['undo'].disabled = not self.study.answers
 
     def draw(self):
         "The pair that is asked about, or the result; what is wrong is said in one line"
         at, n = self.study.at, len(self.study.pairs)
         done, self.drawn = at == n, None
         for o in (self.prompt, self.pair): o.layout.display = 'none' if done else None
-        if not done: self._show(at, n)
-        else: self.said.value = self.result()
+        said = self.result() if done else self._show(at, n)
         for k in ('left', 'right', 'tie'): self.buttons[k].disabled = self.drawn is None
         self.buttons['undo'].disabled = not at
+        self.said.value = said                     # last: when it is read, the buttons hear
 
     def _show(self, at, n):
         prompt = self.study.pairs[at][0]
         self.prompt.value = f'Which is better: <b>{html.escape(prompt)}</b>'
         self.said.value = 'the next two pictures are made …'
         try: pngs = [self.look(prompt, what) for what in self.study.sides(at)]
-        except Exception as e: self.said.value = wrong(e) + AGAIN; return
+        except Exception as e: return wrong(e) + AGAIN
         for o, png in zip(self.pictures, pngs): o.value = png
-        self.drawn, self.said.value = at, f'{at} of {n} answered'
+        self.drawn = at
+        return f'{at} of {n} answered'
 
     def result(self)->str:
         "Win, tie and lose as text"
