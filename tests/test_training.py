@@ -338,7 +338,8 @@ def test_every_field_of_a_method_changes_something(xl, name, preset, field):
     other = not METHODS[name]().group if field == 'group' else OTHER[field]
     if other == fields[field].default: other /= 10
     here = xl if field == 'guidance' else None                   # a toy has nothing to be guided by
-    def run(**changes): return traced(here, name, preset, field == 'once', (*sorted((base | changes).items()),))
+    def run(**changes):
+        return traced(here, name, preset, field == 'once', (*sorted((base | changes).items()),))
     assert run() != run(**{field: other})
 
 
