@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 
 torch.set_num_threads(1)
-import accelerate, diffusers, matplotlib.pyplot, peft, transformers        # once, and not in every child
+import accelerate, diffusers, matplotlib.pyplot, open_clip, peft, transformers  # once, not in every child
+from diffusers import StableDiffusionXLPipeline
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from PIL import Image
 from diffusion_sharpening.commands import cli, evaluate, interchange, sample, score, serve_reward, train
 from diffusion_sharpening.models.lora import lora_file
