@@ -253,7 +253,7 @@ def test_every_method_keeps_its_promises(xl, name):
 
 LITTLE = dict(n=2, m=2, S=4, least=2, target=99.)
 OTHER = dict(aggregate='last', loss_kind='rebel', n=5, m=1, S=5, alpha=1., eta=.5, beta=7., early=.5, late=.3,
-             updates=3, old_rate=.9, guidance=3., consistent=True, anywhere=True, through=True,
+             updates=3, old_rate=.9, guidance=4., consistent=True, anywhere=True, through=True,
              own_noise=True,
              first_only=True,
              share=.5, summed=True, largest=.1, memory=3, least=4, clip=1e-7, group=True,   # policy gradients
@@ -337,7 +337,8 @@ def test_every_field_of_a_method_changes_something(xl, name, preset, field):
     if field == 'through': base['m'] = 3
     other = not METHODS[name]().group if field == 'group' else OTHER[field]
     if other == fields[field].default: other /= 10
-    here = xl if field == 'guidance' else None                   # a toy has nothing to be guided by
+    guided = field == 'guidance' or name == 'guidance_distillation'  # a toy has nothing to be guided by
+    here = xl if guided else None
     def run(**changes):
         return traced(here, name, preset, field == 'once', (*sorted((base | changes).items()),))
     assert run() != run(**{field: other})

@@ -59,6 +59,7 @@ NEAR, TEMPERATURE = (250., 2500., 25000.), (0., .1, 1.)
 
 ARMS = {
     'standard': Arm('standard', lr=1e-4, batch=32, knob='gamma', tries=(0., 1., 5.)),
+    'guidance distillation': Arm('guidance_distillation', own=GROUP, knob='guidance', tries=(2., 3., 5.)),
     'SFT sharpening': Arm('sft_sharpening', 'paper', dict(S=10), 1e-4, 8, 'alpha', TEMPERATURE),
     'SFT sharpening, released': Arm('sft_sharpening', 'released', dict(S=10), 1e-4, 8, 'm', (1, 2, 3)),
     'RLHF sharpening': Arm('rlhf_sharpening', 'paper', dict(S=10), 5e-4, 8, 'beta', NEAR),

@@ -20,6 +20,7 @@ from .diffusion_dpo import DiffusionDPO
 from .flow_grpo import FlowGRPO
 from .gors import GORS, RWR
 from .graft import GRAFT
+from .guidance_distillation import GuidanceDistillation
 from .online_dpo import OnlineDPO
 from .p_graft import PGRAFT
 from .protocol import Method
@@ -42,6 +43,7 @@ METHODS = dict(
     spo=SPO, refl=ReFL, draft=DRaFT,
     nft=NFT, awm=AWM, rvm=RVM, ram=RAM, crd=CRD, elbo_pg=ELBOPG,
     graft=GRAFT, p_graft=PGRAFT, gors=GORS, rwr=RWR,
+    guidance_distillation=GuidanceDistillation,
 )
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #0dc577fa

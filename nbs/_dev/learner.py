@@ -6,7 +6,7 @@ against its noise, by what candidates share and how often they are asked, and ho
 of guidance. `python
 nbs/_dev/learner.py run NAME --steps 80 --set lr=1e-3` trains with the exam as reward and looks at held-out
 captions on the way; `--reward clip` follows a judge instead and looks at both. Its log is
-runs/learner/NAME.json. `gather NAME…` puts logs together."""
+runs/learner/NAME.json. `--method` trains with another method. `gather NAME…` puts logs together."""
 import argparse, json, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -146,6 +146,8 @@ def signal(a):
             print(rows[-1], flush=True)
     write('learner-signal', dict(candidates=8, S=10, eta=model.eta, rank=32, guidance=3., rows=rows))
 
+KEPT = 'reward', 'best', 'spread', 'apart', 'grad_norm' # Of the log of a batch
+
 class Watch(Callback):
     "The exam on held-out captions every so often, and the judge that is followed"
     order = 90
@@ -159,7 +161,7 @@ class Watch(Callback):
         with s.model.use('ema' if s.run.ema else 'policy'): got = self.scores(s.model)
         x = got['exam']
         recent = s.history[-self.every:]
-        of = {k: sum(r[k] for r in recent)/len(recent) for k in ('reward', 'best', 'spread', 'grad_norm')}
+        of = {k: sum(r[k] for r in recent)/len(recent) for k in KEPT if k in recent[0]}
         found = dict(mean=x, strict=all_hold(x), gain=x - self.base['exam'],
                      gain_strict=(all_hold(x) - all_hold(self.base['exam'])).float())
         found |= {f'gain_{k}': v - self.base[k] for k, v in got.items() if k != 'exam'}
@@ -170,7 +172,7 @@ class Watch(Callback):
 
 def run(a):
     "One training with the exam as reward, or with a judge"
-    made, method = settings('rlhf', 'default', steps=a.steps, **parse_settings(a.set))
+    made, method = settings(a.method, 'default', steps=a.steps, **parse_settings(a.set))
     model, prompts = load_model('shapes'), prompt_set('shapes', seed=made.seed)
     texts = W.prompts(a.n, 'heldout', 1)
     judge = load_reward(a.reward, W.name) if a.reward else W.exam
@@ -179,13 +181,14 @@ def run(a):
     logs.mkdir(parents=True, exist_ok=True)
     def keep(watch):
         write_json(file, provenance() | dict(
-            name=a.name, reward=a.reward or 'exam', captions=a.n, rows=watch.rows,
+            name=a.name, method=a.method, captions=a.n, rows=watch.rows,
+            reward=(a.reward or 'exam') if method.needs_judge else None,
             base=interval(watch.base['exam'], 'captions'), cpu_seconds=time.process_time() - start,
             settings=dict(run=asdict(made), method=asdict(method))))
     watch = Watch(texts, a.every, judges, model, keep)
     train(model, method, judge, Prompts(model, prompts, made.batch, made.seed), made, [watch])
 
-def gather(a): write('learner', dict(runs=[json.loads((logs/f'{n}.json').read_text()) for n in a.names]))
+def gather(a): write(a.out, dict(runs=[json.loads((logs/f'{n}.json').read_text()) for n in a.names]))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -193,10 +196,12 @@ def main():
     q = sub.add_parser('signal'); q.set_defaults(do=signal); q.add_argument('--prompts', type=int, default=96)
     q.add_argument('models', nargs='*', default=['shapes'], help='names or folders')
     q = sub.add_parser('run'); q.set_defaults(do=run); q.add_argument('name')
+    q.add_argument('--method', default='rlhf')
     q.add_argument('--steps', type=int, default=80); q.add_argument('--every', type=int, default=20)
     q.add_argument('--n', type=int, default=120); q.add_argument('--set', action='append')
     q.add_argument('--reward', help='a judge of this world (default: the exam)')
     q = sub.add_parser('gather'); q.set_defaults(do=gather); q.add_argument('names', nargs='+')
+    q.add_argument('--out', default='learner', help='the file of data/results')
     torch.set_num_threads(1); a = p.parse_args(); a.do(a)
 
 if __name__ == '__main__': main()
