@@ -379,13 +379,13 @@ def test_not_a_number_is_not_learnt(xl, monkeypatch):
 
 
 def test_reward_goes_up():
-    "Something is learnt: after a dozen batches the embedded model's pictures of other seeds are brighter"
+    "Something is learnt: after four batches the embedded model's pictures of other seeds are brighter"
     d = load_model('shapes')
-    run, method = settings('rlhf', steps=12, batch=4, n=4, S=5, rank=8, lr=1e-3, ema=0.)
+    run, method = settings('rlhf', steps=4, batch=4, n=4, S=5, rank=8, lr=2e-3, ema=0.)
     train(d, method, Bright(), source_of(d, method, run), run)
-    score = lambda: Bright()(d.sample(PROMPTS*4, range(100, 112), S=5), PROMPTS*4)
+    score = lambda: Bright()(d.sample(PROMPTS*2, range(100, 106), S=5), PROMPTS*2)
     with d.reference(): before = score()
-    assert (score() - before).mean() > 0
+    assert (score() > before).all()
 
 
 # Files
