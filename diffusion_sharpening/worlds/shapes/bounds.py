@@ -9,6 +9,7 @@ __all__ = ['RIGHT', 'NEAR', 'INK', 'BIG', 'DAMAGE', 'Pen', 'cloth', 'stamp', 'sh
 # %% ../../../nbs/05_worlds/shapes/11_bounds.ipynb #4a011701
 import io, math, random
 import numpy as np, torch
+from functools import lru_cache
 from PIL import Image, ImageDraw, ImageFilter
 from .clip import near_miss
 from .draw import parse, prompts
@@ -159,12 +160,13 @@ def noisy(im, std:float, seed:int): # PIL image
     return Image.fromarray((255*a.clip(0, 1)).round().astype('uint8'))
 
 # %% ../../../nbs/05_worlds/shapes/11_bounds.ipynb #71e8c5ce
-_blur = lambda r: lambda text, i: paint(text, i).filter(ImageFilter.GaussianBlur(r))
-_noise = lambda s: lambda text, i: noisy(paint(text, i), s, i)
-_jpeg = lambda q: lambda text, i: jpeg(paint(text, i), q)
+_upright = lru_cache(maxsize=256)(paint) # One drawing serves every damage: what is done to it makes a new one
+_blur = lambda r: lambda text, i: _upright(text, i).filter(ImageFilter.GaussianBlur(r))
+_noise = lambda s: lambda text, i: noisy(_upright(text, i), s, i)
+_jpeg = lambda q: lambda text, i: jpeg(_upright(text, i), q)
 _turn = lambda a: lambda text, i: paint(text, i, a if i % 2 else -a)
-_half = lambda text, i: paint(text, i).resize((32, 32), Image.BOX).resize((64, 64), Image.BICUBIC)
-DAMAGE = {'none': paint} | {f'blur, σ {r} px': _blur(r) for r in (.5, 1., 1.5)}
+_half = lambda text, i: _upright(text, i).resize((32, 32), Image.BOX).resize((64, 64), Image.BICUBIC)
+DAMAGE = {'none': _upright} | {f'blur, σ {r} px': _blur(r) for r in (.5, 1., 1.5)}
 DAMAGE |= {f'noise, σ {s}': _noise(s) for s in (.02, .05, .1)} | {f'JPEG {q}': _jpeg(q) for q in (90, 75, 50)}
 DAMAGE |= {f'turned by {a}°': _turn(a) for a in (5, 10, 15)} | {'half resolution': _half}
 
