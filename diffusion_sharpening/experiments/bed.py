@@ -96,7 +96,8 @@ def learnt(arm:Arm, # A method
     "What a trained model makes of the prompts of a test bed"
     run, method = arm.made(seed=seed)
     steps = steps_for(bed.budget, run, method)
-    changes = dict(lr=arm.lr, batch=arm.batch, steps=steps, seed=seed, checkpoint_every=0, **arm.own)
+    own = {f'method.{k}': v for k, v in arm.own.items()}        # `guidance` alone would be the model's
+    changes = dict(lr=arm.lr, batch=arm.batch, steps=steps, seed=seed, checkpoint_every=0, **own)
     job = job_of(arm.method, bed.model, bed.reward, bed.world.name, None, arm.preset, 2, None, bed.S, changes,
                  eta=bed.eta, tell=False)
     watch = [Validate(bed.prompts[:FEW], judges(job.judge, bed.prompts, bed.model), max(1, steps//bed.looked),
