@@ -7,11 +7,18 @@ __all__ = ['GuidanceDistillation']
 
 # %% ../../nbs/08_methods/34_guidance_distillation.ipynb #5a3c6303
 from dataclasses import dataclass
-import torch
+from functools import cache
+import torch, warnings
 from ..basics.settings import within
 from .parts import (
     asked_times, candidate_seeds, flat, from_prompt, noised, plain, repeated)
 from .protocol import Lesson, Method
+
+# %% ../../nbs/08_methods/34_guidance_distillation.ipynb #059df585
+@cache
+def _twice(guidance): # A warning, once in a process
+    warnings.warn(f'guidance_distillation: the model samples with guidance {guidance:g}, which comes on top of '
+                  'what is distilled; --guidance 1 makes its pictures without')
 
 # %% ../../nbs/08_methods/34_guidance_distillation.ipynb #5a996652
 @dataclass
@@ -28,10 +35,11 @@ class GuidanceDistillation(Method):
     needs_judge = False
 
     def start(self, model):
-        "`ValueError` unless guidance makes a difference"
+        "`ValueError` unless guidance makes a difference; a warning where it would be given twice"
         if model.with_guidance(self.guidance) is model:
             raise ValueError('guidance_distillation: expected a model that takes captions, found one that '
                              'guidance does not change')
+        if model.guidance != 1: _twice(model.guidance)
 
     def collect(self, model, judge, batch) -> Lesson:
         "Samples of the policy, without guidance"
