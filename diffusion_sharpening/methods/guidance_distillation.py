@@ -17,8 +17,8 @@ from .protocol import Lesson, Method
 # %% ../../nbs/08_methods/34_guidance_distillation.ipynb #059df585
 @cache
 def _twice(guidance): # A warning, once in a process
-    warnings.warn(f'guidance_distillation: the model samples with guidance {guidance:g}, which comes on top of '
-                  'what is distilled; --guidance 1 makes its pictures without')
+    warnings.warn(f'guidance_distillation: the model samples with guidance {guidance:g}, which comes on top '
+                  'of what is distilled; --guidance 1 makes its pictures without')
 
 # %% ../../nbs/08_methods/34_guidance_distillation.ipynb #5a996652
 @dataclass
