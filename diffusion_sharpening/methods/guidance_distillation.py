@@ -11,7 +11,7 @@ from functools import cache
 import torch, warnings
 from ..basics.settings import within
 from .parts import (
-    asked_times, candidate_seeds, flat, from_prompt, noised, plain, repeated)
+    asked_times, candidate_seeds, flat, from_prompt, noised, plain, repeated, say)
 from .protocol import Lesson, Method
 
 # %% ../../nbs/08_methods/34_guidance_distillation.ipynb #059df585
@@ -53,8 +53,8 @@ class GuidanceDistillation(Method):
         x0, seeds = lesson['x0'], lesson['seeds']
         t = asked_times(model.grid(self.S), seeds, u, self.early, self.late).to(x0.device)
         x_t = noised(model, x0, t, seeds, u)
-        with torch.no_grad(), model.reference():
-            aim = model.with_guidance(self.guidance).predict(x_t, t, lesson.cond)[0]
+        teacher = model.with_guidance(self.guidance)
+        aim = say(model, 'ref', lambda: teacher.predict(x_t, t, lesson.cond)[0])
         apart = (plain(model).predict(x_t, t, lesson.cond)[0] - aim).flatten(1)
         square, size = apart.square().mean(1), apart.detach().abs().mean(1)
         return square/(size + 1e-6), dict(apart=square.detach())
