@@ -33,7 +33,7 @@ def losses(name, threads=1, share=1.):
     d, world = load_model('shapes'), WORLDS['shapes']
     if made.needs_images:
         ims, texts = world.pairs(40)
-        source = Pictures(d, texts, d.latents(ims), run.batch, run.seed)
+        source = Pictures(d, texts, d.latents(ims[:]), run.batch, run.seed)
     else: source = Prompts(d, world.prompts(40), run.batch, run.seed)
     watch = [Until(math.ceil(share*run.steps))]
     try: return [r['loss'] for r in train(d, made, load_reward('clip@shapes'), source, run, watch).history]

@@ -97,7 +97,7 @@ class Pictures(Columns):
     def __init__(self,
         model, # Encodes the prompts
         prompts:list, # Captions
-        latents:Tensor, # `(N, *item)`, one for each caption
+        latents, # `(N, *item)`, one for each caption: a tensor, `Encoded` or `Latents`
         size:int=8, # Pictures per batch, over all processes
         seed:int=0, # Of the run
         drop:float=0. # Share of captions that the model is not told

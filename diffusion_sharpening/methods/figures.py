@@ -26,7 +26,7 @@ def example(size:int=1, # Prompts
     folder = model_path(next(iter(world.models)))
     model = Denoiser.from_pretrained(folder, guidance=1., device='cpu').add_lora(4)
     things, texts = world.pairs(4, 2)
-    source = Pictures(model, texts, model.latents(world.show(things)), size, seed)
+    source = Pictures(model, texts, model.latents(world.show(things[:])), size, seed)
     return model, load_reward(f'{next(iter(world.judges))}@{world.name}'), source.batch(0)
 
 # %% ../../nbs/08_methods/27_figures.ipynb #a6480f23

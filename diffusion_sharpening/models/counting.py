@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from .policies import ATTENTION, LINEAR, Policies
 from .loading import dtype_of
 from ..basics.seeds import START, noise
@@ -92,6 +92,19 @@ def text_params(a:Anatomy)->int: # Without loading or building them
     one = lambda d, n, v, p: (v + a.tokens)*d + n*(12*d*d + 13*d) + 2*d + d*p
     return sum(one(*t) for t in a.text)
 
+# %% ../../nbs/03_models/14_counting.ipynb #b9a66932
+@dataclass(frozen=True)
+class _Form: shape:tuple; stride:tuple; dtype:torch.dtype; device:torch.device
+
+# %% ../../nbs/03_models/14_counting.ipynb #1b4a071e
+def _form(x): return _Form(x.shape, x.stride(), x.dtype, x.device) if torch.is_tensor(x) else x
+def _about(x): return tuple(map(_about, x)) if isinstance(x, (tuple, list)) else _form(x)
+
+# %% ../../nbs/03_models/14_counting.ipynb #9eeec70f
+def _made(o):
+    if not isinstance(o, _Form): return o
+    return torch.empty_strided(o.shape, o.stride, dtype=o.dtype, device=o.device)
+
 # %% ../../nbs/03_models/14_counting.ipynb #6aa789ce
 class Live(TorchDispatchMode):
     "Floating-point operations, and bytes of the tensors that are alive, now and at most"
@@ -103,14 +116,24 @@ class Live(TorchDispatchMode):
         self.rules = flop_registry | {k: shape_wrapper(f) for k, f in (rules or {}).items()}
         self.flops = self.now = self.peak = 0
         self.known = [t.untyped_storage() for t in known]; self.seen = {id(s) for s in self.known}
+        self.outs = {}
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = f(*args, **kwargs)
+        out = self._out(f, args, kwargs)
         if rule := self.rules.get(getattr(f, '_overloadpacket', f)):
             self.flops += rule(*args, **kwargs, out_val=out)
         for t in tree_leaves(out):
             if torch.is_tensor(t): self._born(t.untyped_storage())
+        return out
+
+    def _out(self, f, args, kwargs):  # what needs no memory but its own is found once for all shapes like it
+        if f._schema.is_mutable or any(r.alias_info for r in f._schema.returns): return f(*args, **kwargs)
+        key = (f, _about(args), *((k, _about(v)) for k, v in kwargs.items()))
+        if key in self.outs: return tree_map(_made, self.outs[key])
+        out = f(*args, **kwargs)
+        if all(t is None or torch.is_tensor(t) and t.is_meta for t in tree_leaves(out)):
+            self.outs[key] = tree_map(_form, out)
         return out
 
     def _born(self, s):

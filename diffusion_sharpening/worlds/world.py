@@ -25,7 +25,7 @@ from .molecules.graphs import keys
 from .molecules.items import sizes
 from .molecules.judges import MoleculeExam, molecule_stats
 from .molecules.model import MoleculeModel
-from .shapes.draw import PX, category, dataset, prompts
+from .shapes.draw import PX, category, prompts, shapes_pairs
 from .shapes.exam import Checker, bleed
 
 # %% ../../nbs/05_worlds/01_world.ipynb #b99b98f5
@@ -76,10 +76,6 @@ def weights(name:str # A folder of embedded weights, e.g. `shapes-clip`
                      f"there are: {', '.join(there) or 'none'}; DIFFUSION_SHARPENING_DATA names others")
 
 # %% ../../nbs/05_worlds/01_world.ipynb #d8fbaac0
-def _shapes_pairs(n, seed=0):
-    ims, texts = dataset(n, seed)
-    return ims.float()/255, texts
-
 def _shapes_stats(x): return dict(bleed=bleed(x)) if x.shape[1:] == (3, PX, PX) else {}
 
 # %% ../../nbs/05_worlds/01_world.ipynb #8a50081d
@@ -105,7 +101,7 @@ def _molecule_stats(x):
 
 # %% ../../nbs/05_worlds/01_world.ipynb #b19bb7b3
 WORLDS = dict(
-    shapes=World('shapes', prompts, _shapes_pairs, Checker(), show=lambda x: x,
+    shapes=World('shapes', prompts, shapes_pairs, Checker(), show=lambda x: x,
                  groups=lambda texts: [category(t) for t in texts],
                  models=dict(shapes='shapes-sdxl'), eta=1., stats=_shapes_stats,
                  judges=dict(clip='shapes-clip', mllm='shapes-grader', preference='shapes-preference',
@@ -176,7 +172,7 @@ def _refuses(f):
 # %% ../../nbs/05_worlds/01_world.ipynb #8134c8e2
 def _about_things(w, n):
     (things, texts), (same, again) = w.pairs(n, 1), w.pairs(n, 1)
-    x, y = w.show(things), w.show(same)
+    things = things[:]; x, y = w.show(things), w.show(same[:])
     yield 'the same pairs for the same seed', texts == again and torch.equal(x, y)
     yield 'a picture (3, H, W) of each thing', x.shape[:2] == (n, 3) and x.is_floating_point()
     yield 'pictures in [0, 1]', 0 <= x.min() and x.max() <= 1
@@ -187,7 +183,7 @@ def _about_things(w, n):
 
 # %% ../../nbs/05_worlds/01_world.ipynb #7850d7a1
 def _about_exam(w, n):
-    (things, texts), exam = w.pairs(n, 1), w.exam
+    (things, texts), exam = w.pairs(n, 1), w.exam; things = things[:]
     mean, holds = exam(things, texts), [[ok for _, ok in rows] for rows in exam.statements(things, texts)]
     yield 'an exam that true pairs pass', exam.strict(things, texts).mean() >= .95
     yield 'an exam that doubts exchanged prompts', exam(things, texts[1:] + texts[:1]).mean() < mean.mean()

@@ -80,7 +80,7 @@ def source(net, method, a, world):
     "Prompts, pictures with captions, or pairs of the caption's picture and another's"
     if not method.columns: return Prompts(net, world.prompts(256, 'train', a.seed), a.batch, a.seed)
     things, texts = world.pairs(256, a.seed + 11)
-    x0 = torch.cat([net.latents(o) for o in world.show(things).split(32)])
+    x0 = torch.cat([net.latents(o) for o in world.show(things[:]).split(32)])
     made = dict(x0=x0, better=x0, worse=x0.roll(1, 0))
     return Columns(net, texts, {c: made[c] for c in method.columns}, a.batch, a.seed)
 

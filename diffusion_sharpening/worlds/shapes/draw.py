@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'TEXTURES', 'SIZES', 'SPATIAL', 'NON_SPATIAL', 'CATEGORIES', 'HELD_OUT', 'PX', 'OUTLINES',
            'Thing', 'Spec', 'parse', 'category', 'held_out', 'caption', 'prompts', 'outline', 'mask', 'scene', 'fill',
-           'render', 'picture', 'dataset']
+           'render', 'picture', 'Drawn', 'shapes_pairs', 'dataset']
 
 # %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #cdf8f3a5
 import math, random, re
@@ -307,14 +307,39 @@ def picture(text:str, # A caption of the Shapes grammar
     return render(scene(text, rng, split), rng.uniform(.86, .98))
 
 # %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #d1214c8c
-def dataset(n:int, # How many pairs
-            seed:int=0, # Same seed, same pairs
-            singles:float=.1 # Share of captions cut to their first thing
-           )->tuple: # Pictures `(n, 3, 64, 64)` uint8, and captions
+class Drawn:
+    "Pictures of captions, drawn anew each time they are asked for"
+    def __init__(self, texts:list, # Captions
+                 seed:int=0 # Same seed, same pictures
+                ): self.texts, self.seed = texts, seed
+
+    def __len__(self): return len(self.texts)
+
+    def __getitem__(self,
+        i # Place, slice or list of places
+    ) -> torch.Tensor: # `(3, 64, 64)` or `(B, 3, 64, 64)`, float in [0, 1], of 256 levels as files have
+        "Pictures of these places"
+        if isinstance(i, slice): i = range(len(self))[i]
+        if isinstance(i, int): return (picture(self.texts[i], f'{self.seed}-{i}')*255).round()/255
+        return torch.stack([self[j] for j in i])
+
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #b34dd5b3
+def shapes_pairs(n:int, # How many
+                 seed:int=0, # Same seed, same pairs
+                 singles:float=.1 # Share of captions cut to their first thing
+                )->tuple: # `Drawn`, and captions
     "Image-caption pairs of the training split"
     rng = random.Random(f'dataset-{seed}')
     texts = [caption(rng, CATEGORIES[i % 6]) for i in range(n)]
     alone = lambda t: str(parse(t).things[0])
     texts = [alone(t) if rng.random() < singles and not held_out(alone(t)) else t for t in texts]
-    ims = torch.stack([picture(t, f'{seed}-{i}') for i, t in enumerate(texts)])
-    return (ims*255).round().to(torch.uint8), texts
+    return Drawn(texts, seed), texts
+
+# %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #946a829d
+def dataset(n:int, # How many pairs
+            seed:int=0, # Same seed, same pairs
+            singles:float=.1 # Share of captions cut to their first thing
+           )->tuple: # Pictures `(n, 3, 64, 64)` uint8, and captions
+    "All of these pairs, drawn"
+    things, texts = shapes_pairs(n, seed, singles)
+    return (things[:]*255).round().to(torch.uint8), texts
