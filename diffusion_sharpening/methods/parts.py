@@ -74,11 +74,10 @@ def asked_times(grid:Tensor, # Sampler times `(S+1,)`
     return grid[(lo + stream(seeds, 'time', u).abs() % (hi-lo)).to(grid.device)]
 
 # %% ../../nbs/08_methods/02_parts.ipynb #a67eacf0
-def check_path(o # Settings with `m`, `S`, `early` and `late`
+def check_path(o # Settings with `m` and `S`
               ):
     "Check that a path fits the sampler"
     if o.m > o.S: raise ValueError(f'm: expected at most S={o.S} steps, found {o.m}')
-    if o.early >= o.late: raise ValueError(f'early: expected less than late={o.late:g}, found {o.early:g}')
 
 # %% ../../nbs/08_methods/02_parts.ipynb #a9175426
 def begun(o, # Settings with `m`, `S`, `early`, `late` and `anywhere`

@@ -52,6 +52,11 @@ class Method(Settings):
     first = {}            # What statistics must be before the first update; the loop checks it
     variants = 'paper', 'released' # Named constructors, of those that it has
 
+    def __post_init__(self):
+        super().__post_init__()
+        early, late = getattr(self, 'early', 0.), getattr(self, 'late', 1.)
+        if early >= late: raise ValueError(f'early: expected less than late={late:g}, found {early:g}')
+
     @property
     def columns(self) -> tuple:
         "What a batch must hold beside prompts: names in `Batch.data`"
