@@ -6,7 +6,8 @@ against its noise, by what candidates share and how often they are asked, and ho
 of guidance. `python
 nbs/_dev/learner.py run NAME --steps 80 --set lr=1e-3` trains with the exam as reward and looks at held-out
 captions on the way; `--reward clip` follows a judge instead and looks at both. Its log is
-runs/learner/NAME.json. `--method` trains with another method. `gather NAME…` puts logs together."""
+runs/learner/NAME.json. `--method` trains with another method, and `--guidance 3` trains and measures the model
+as it is under guidance. `gather NAME…` puts logs together."""
 import argparse, json, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ class Watch(Callback):
 def run(a):
     "One training with the exam as reward, or with a judge"
     made, method = settings(a.method, 'default', steps=a.steps, **parse_settings(a.set))
-    model, prompts = load_model('shapes'), prompt_set('shapes', seed=made.seed)
+    model, prompts = load_model('shapes', a.guidance), prompt_set('shapes', seed=made.seed)
     texts = W.prompts(a.n, 'heldout', 1)
     judge = load_reward(a.reward, W.name) if a.reward else W.exam
     judges = dict(exam=W.exam) | ({a.reward: judge} if a.reward else {})
@@ -181,7 +182,7 @@ def run(a):
     logs.mkdir(parents=True, exist_ok=True)
     def keep(watch):
         write_json(file, provenance() | dict(
-            name=a.name, method=a.method, captions=a.n, rows=watch.rows,
+            name=a.name, method=a.method, guidance=a.guidance, captions=a.n, rows=watch.rows,
             reward=(a.reward or 'exam') if method.needs_judge else None,
             base=interval(watch.base['exam'], 'captions'), cpu_seconds=time.process_time() - start,
             settings=dict(run=asdict(made), method=asdict(method))))
@@ -199,6 +200,7 @@ def main():
     q.add_argument('--method', default='rlhf')
     q.add_argument('--steps', type=int, default=80); q.add_argument('--every', type=int, default=20)
     q.add_argument('--n', type=int, default=120); q.add_argument('--set', action='append')
+    q.add_argument('--guidance', type=float, default=1.)
     q.add_argument('--reward', help='a judge of this world (default: the exam)')
     q = sub.add_parser('gather'); q.set_defaults(do=gather); q.add_argument('names', nargs='+')
     q.add_argument('--out', default='learner', help='the file of data/results')
