@@ -30,7 +30,7 @@ demo: $(stamp)  ## The main job: sharpen a text-to-image model here (options: ma
 	@$(BIN)/sharpen demo $(ARGS)
 
 test: $(stamp)  ## Run every notebook, then pytest
-	$(in_venv) OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print
+	$(in_venv) OMP_NUM_THREADS=1 nbdev_test --n_workers 2 --do_print --timing
 	$(in_venv) OMP_NUM_THREADS=1 python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 lab: $(stamp)  ## Open the notebooks in JupyterLab

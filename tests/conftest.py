@@ -9,6 +9,10 @@ import torch
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 
+LONG = ('examples cli plan training folder engine models golden site policy_methods attack family lab '
+        'end_to_end').split()  # files that take longest, so that two processes begin with them and end together
+
+
 def pytest_addoption(parser): parser.addoption('--slow', action='store_true', help='run slow tests too')
 
 
@@ -17,6 +21,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    order = {f'test_{name}': i for i, name in enumerate(LONG)}
+    items.sort(key=lambda i: order.get(i.path.stem, len(LONG)))
     if config.getoption('--slow') or 'slow' in (config.option.markexpr or ''): return
     slow = [i for i in items if 'slow' in i.keywords]
     if slow:
