@@ -9,8 +9,9 @@ import torch
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 
 
+# files that take longest: two processes begin with them, and end together
 LONG = ('examples cli plan training folder engine models golden site policy_methods attack family lab '
-        'end_to_end').split()  # files that take longest, so that two processes begin with them and end together
+        'end_to_end').split()
 
 
 def pytest_addoption(parser): parser.addoption('--slow', action='store_true', help='run slow tests too')

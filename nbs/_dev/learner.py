@@ -6,8 +6,8 @@ against its noise, by what candidates share and how often they are asked, and ho
 of guidance. `python
 nbs/_dev/learner.py run NAME --steps 80 --set lr=1e-3` trains with the exam as reward and looks at held-out
 captions on the way; `--reward clip` follows a judge instead and looks at both. Its log is
-runs/learner/NAME.json. `--method` trains with another method, and `--guidance 3` trains and measures the model
-as it is under guidance. `gather NAME…` puts logs together."""
+runs/learner/NAME.json. `--method` trains with another method, and `--guidance 3` trains and measures the
+model as it is under guidance. `gather NAME…` puts logs together."""
 import argparse, json, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
