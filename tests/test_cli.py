@@ -68,7 +68,7 @@ def refused(monkeypatch, capsys, out, part, *args):
 # What is refused. `{xl}`: a model, `{out}`: the output folder, `{tmp}`: a folder with the files below
 
 files = dict(empty='', blank='\n  \n', three='a red circle\na blue square\na green star\n', broken='{"n": 3',
-             array='[1, 2]', wrong='{"betta": 1}')
+             array='[1, 2]', wrong='{"betta": 1}', twice='{"n": 3, "n": 4}')
 train = ('train rlhf --model {xl} --reward checker! --heldout 2 --S-eval 1 --steps 1 --out {out} '
          '--set n=2 S=2 batch=2 rank=2')
 bad = {
@@ -82,29 +82,31 @@ bad = {
     'the exam as reward': (train.replace('checker!', 'checker'), 'exam'),
     'no reward': (train.replace('checker!', ','), 'reward'),
     'no such setting': (train + ' --set betta=1', "you mean 'beta'"),
+    'a setting twice': (train + ' --set n=3', 'found it twice'),
+    'a setting twice in a config': (train + ' --config {tmp}/twice', "'n' is there twice"),
     'setting without value': (train + ' --set beta', 'key=value'),
     'no such model': (train.replace('{xl}', '{tmp}/nothing'), 'model: expected a folder or'),
     'a folder, but no model': (train.replace('{xl}', '{tmp}'), 'model_index.json'),
     'no such prompts': (train + ' --prompts {tmp}/nothing', 'prompts: expected'),
     'empty prompts': (train + ' --prompts {tmp}/empty', 'no prompt'),
     'blank prompts': (train + ' --prompts {tmp}/blank', 'no prompt'),
-    'no candidates': (train + ' --set n=0', 'n: expected at least'),
-    'one candidate': (train + ' --set n=1', 'n: expected at least 2'),
-    'no prompts per batch': (train + ' --set batch=0', 'batch: expected at least 1'),
+    'no candidates': (train.replace(' n=2', ' n=0'), 'n: expected at least'),
+    'one candidate': (train.replace(' n=2', ' n=1'), 'n: expected at least 2'),
+    'no prompts per batch': (train.replace('batch=2', 'batch=0'), 'batch: expected at least 1'),
     'negative steps': (train + ' --steps -1', 'steps: expected at least 0'),
     'negative heldout': (train + ' --heldout -1', 'heldout: expected'),
     'negative heldout of a file': (train + ' --heldout -1 --prompts {tmp}/three', 'heldout: expected'),
     'no steps in the evaluation': (train + ' --S-eval 0', 'S_eval: expected'),
-    'a word for a number': (train + ' --set n=two', 'n'),
+    'a word for a number': (train.replace(' n=2', ' n=two'), 'n'),
     'half a step': (train + ' --set steps=1.5', 'steps'),
-    'NaN for a number': (train + ' --set batch=NaN', 'batch'),
+    'NaN for a number': (train.replace('batch=2', 'batch=NaN'), 'batch'),
     'Python for JSON': (train + ' --set bptt=False', 'bptt'),
     'an option as setting': (train + ' --set out=5', 'out'),
     'no such config': (train + ' --config {tmp}/nothing', 'config: '),
     'broken config': (train + ' --config {tmp}/broken', 'config: '),
     'config that is a list': (train + ' --config {tmp}/array', 'expected an object'),
     'no such setting in config': (train + ' --config {tmp}/wrong', "you mean 'beta'"),
-    'pictures that are not there': (train.replace('rlhf', 'sft --preset paper') + ' S=5',
+    'pictures that are not there': (train.replace('rlhf', 'sft --preset paper').replace('S=2', 'S=5'),
                                     'image-caption pairs'),
     'no pictures to make': ('sample --model {xl} --out {out} --n 0', 'n: expected'),
     'no sampler steps': ('sample --model {xl} --out {out} --S 0', 'S: expected'),

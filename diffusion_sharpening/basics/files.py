@@ -49,12 +49,19 @@ def write_json(path, # File to write or to replace
     try: return write_whole(path, text(False).encode())
     except UnicodeEncodeError: return write_whole(path, text(True))  # file names, where the locale knows no é
 
+# %% ../../nbs/01_basics/02_files.ipynb #2db486d3
+def _once(pairs):
+    found = dict(pairs)
+    if len(found) == len(pairs): return found
+    keys = [k for k, _ in pairs]
+    raise ValueError(f'{next(k for k in keys if keys.count(k) > 1)!r} is there twice')
+
 # %% ../../nbs/01_basics/02_files.ipynb #ab455a1f
 def parse_json(text:str, # A JSON document
                where # It is from, for the error
               ): # What it holds; `ValueError` in one line
     "Parse JSON of strangers: deep nesting and numbers of thousands of digits are no reason to crash"
-    try: return json.loads(text)
+    try: return json.loads(text, object_pairs_hook=_once)
     except RecursionError: raise ValueError(f'{where} is nested too deeply') from None
     except ValueError as e: raise ValueError(f'{where} is not readable JSON ({e})') from None
 

@@ -19,6 +19,7 @@ def parse_settings(pairs:list # `key=value` texts
     for p in pairs or []:
         k, eq, v = p.partition('=')
         if not eq or not k: raise ValueError(f'--set: expected key=value, found {brief(p)}')
+        if k in out: raise ValueError(f'--set: expected one value of {brief(k)}, found it twice')
         try: out[k] = json.loads(f'0{v}' if v[:1] == '.' else v)
         except (ValueError, RecursionError): out[k] = v
     return out

@@ -115,14 +115,10 @@ def open_journal(path, # `scores.jsonl`, which need not exist
         done = {(r['file'], r['sum'], r['prompt']): r for r in rows if r['score'] is not None}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'out: {path} is damaged; remove it to start afresh') from None
-    if found != label:
-        raise ValueError(f'out: {path.parent} holds scores of {found!r}, not {label!r}; '
-                         'choose another folder')
-    if not was or not made or was == made: return done
-    if done: raise ValueError(f'out: {path.parent} holds scores of {label!r} from before it was changed; '
-                              'choose another folder')
-    path.unlink()
-    return open_journal(path, label, made)
+    if found == label and (not was or not made or was == made): return done
+    if not done: path.unlink(); return open_journal(path, label, made)        # nothing is lost
+    what = f'{found!r}, not {label!r}' if found != label else f'{label!r} from before it was changed'
+    raise ValueError(f'out: {path.parent} holds scores of {what}; choose another folder')
 
 # %% ../../nbs/13_commands/02_score.ipynb #a0ec8799
 def _names(parts): # A column for each part, numbered where names repeat

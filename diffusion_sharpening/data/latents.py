@@ -124,6 +124,7 @@ class Encoded:
 
     def __getitem__(self, i:list) -> Tensor:
         "Latents of places `(B, *item)`"
+        if not len(i): return torch.empty(0, *self.model.item, device=self.model.device)
         return torch.stack([self.entry(self.at[j]) for j in i])
 
 # %% ../../nbs/07_data/04_latents.ipynb #7023ab7c

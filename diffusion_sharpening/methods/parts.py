@@ -74,10 +74,14 @@ def asked_times(grid:Tensor, # Sampler times `(S+1,)`
     return grid[(lo + stream(seeds, 'time', u).abs() % (hi-lo)).to(grid.device)]
 
 # %% ../../nbs/08_methods/02_parts.ipynb #a67eacf0
-def check_path(o # Settings with `m` and `S`
+def check_path(o # Settings with `m`, `S` and `early`, and `anywhere` or not
               ):
     "Check that a path fits the sampler"
     if o.m > o.S: raise ValueError(f'm: expected at most S={o.S} steps, found {o.m}')
+    last = 1 - o.m/o.S
+    if not getattr(o, 'anywhere', False) and int(o.early*o.S) > o.S - o.m:
+        raise ValueError(f'early: expected at most {last:.3g}, so that {o.m} of {o.S} steps follow, '
+                         f'found {o.early:g}')
 
 # %% ../../nbs/08_methods/02_parts.ipynb #a9175426
 def begun(o, # Settings with `m`, `S`, `early`, `late` and `anywhere`

@@ -98,7 +98,11 @@ class _Form: shape:tuple; stride:tuple; dtype:torch.dtype; device:torch.device
 
 # %% ../../nbs/03_models/14_counting.ipynb #1b4a071e
 def _form(x): return _Form(x.shape, x.stride(), x.dtype, x.device) if torch.is_tensor(x) else x
-def _about(x): return tuple(map(_about, x)) if isinstance(x, (tuple, list)) else _form(x)
+def _about(x):  # 1, 1. and True are equal, but not what they are added to
+    return tuple(map(_about, x)) if isinstance(x, (tuple, list)) else (type(x), _form(x))
+
+# %% ../../nbs/03_models/14_counting.ipynb #b33856b0
+def _storages(tree): return {id(t.untyped_storage()) for t in tree_leaves(tree) if torch.is_tensor(t)}
 
 # %% ../../nbs/03_models/14_counting.ipynb #9eeec70f
 def _made(o):
@@ -132,8 +136,8 @@ class Live(TorchDispatchMode):
         key = (f, _about(args), *((k, _about(v)) for k, v in kwargs.items()))
         if key in self.outs: return tree_map(_made, self.outs[key])
         out = f(*args, **kwargs)
-        if all(t is None or torch.is_tensor(t) and t.is_meta for t in tree_leaves(out)):
-            self.outs[key] = tree_map(_form, out)
+        made = all(t is None or torch.is_tensor(t) and t.is_meta for t in tree_leaves(out))
+        if made and not _storages(out) & _storages((args, kwargs)): self.outs[key] = tree_map(_form, out)
         return out
 
     def _born(self, s):

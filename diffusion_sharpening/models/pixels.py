@@ -65,7 +65,11 @@ class PixelFlow(Learner):
 
     def encode(self, prompts) -> Cond:
         "As many as there are prompts"
-        return Cond(text=torch.zeros(1 if isinstance(prompts, str) else len(prompts), 1, device=self.device))
+        return self.unconditional(1 if isinstance(prompts, str) else len(prompts))
+
+    def unconditional(self, n:int=1) -> Cond:
+        "Nothing said, `n` times"
+        return Cond(text=torch.zeros(n, 1, device=self.device))
 
     def grid(self, S:int) -> Tensor:
         "Times of `S` steps, from 1 to 0"

@@ -26,6 +26,7 @@ class Model(Protocol):
     eta:float # Fresh noise of each sampler step where nothing else is asked for
     named:dict # Sets of weights by name, each a dict of parameters
     def encode(self, prompts): "Conditioning of prompts: has a length, and can be indexed"
+    def unconditional(self, n=1): "Conditioning of nothing said, `n` times: what guidance leads away from"
     def output(self, x_t, t, cond): "What the network predicts for items `(…, B, *item)` at times `t`"
     def predict(self, x_t, t, cond): "The clean items and the noise that follow: `x0, eps`"
     def grid(self, S): "Times of a sampler of `S` steps, `(S+1,)`, from noise to the clean end"
@@ -81,6 +82,9 @@ def check_predictions(model, cond):
     _close(add_noise(model.schedule, x0, eps, t), x, 'predict: x0 and eps do not make up x_t')
     follows = to_x0_eps(model.schedule, x, out, t, model.kind)[0]
     _close(follows, x0, 'predict does not follow from output, kind and schedule', 1e-3)
+    silent = dict(model.unconditional(2).items())
+    assert {*silent} <= {k for k, _ in cond.items()} and {len(v) for v in silent.values()} == {2}, (
+        'unconditional: expected features of the names that encode gives, for as many prompts as asked')
     grid = model.grid(4)
     assert len(grid) == 5 and (grid.diff() < 0).all(), 'a grid of S steps has S+1 falling times'
     clean = model.schedule.clean(grid).tolist()

@@ -49,6 +49,10 @@ class SetModel(Learner):
         net = load_network(folder)
         return cls(net.to(device), guidance, eta, str(folder))
 
+    def unconditional(self, n:int=1) -> Cond:
+        "Nothing said, `n` times"
+        return Cond(told=torch.zeros(n, self.network.config['told'], device=self.device))
+
     def grid(self, S:int) -> Tensor:
         "Times of `S` steps"
         return time_grid(S, self.schedule.T)
@@ -68,7 +72,7 @@ def output(self:SetModel,
     x, times = x_t.float().flatten(0, len(lead) - 1), torch.as_tensor(t, device=x_t.device).expand(lead)
     told, times = cond.repeat(len(x)//len(cond))['told'], times.flatten()
     if self.cost == 1: return self.policies(x, times, told).view(x_t.shape)
-    both = torch.cat([torch.zeros_like(told), told])
+    both = torch.cat([self.unconditional(len(told))['told'], told])
     u, c = self.policies(x.repeat(2, 1, 1), times.repeat(2), both).chunk(2)
     return (u + self.guidance*(c - u)).view(x_t.shape)
 

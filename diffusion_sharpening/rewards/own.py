@@ -156,7 +156,8 @@ class Own(Reward):
         try:
             with put_back(): s = self.fn(images, prompts)
         except (Exception, SystemExit) as e: raise RewardError(_raised(self.name, 'it', e)) from e
-        try: return torch.as_tensor(s, dtype=torch.float32, device=images.device)
+        whole = 'complex' in str(getattr(s, 'dtype', ''))       # is refused below, and not cut
+        try: return torch.as_tensor(s, dtype=None if whole else torch.float32, device=images.device)
         except (TypeError, ValueError, RuntimeError, OverflowError):
             found = type(s).__name__
             raise RewardError(f'{self.name}: expected {len(prompts)} numbers, found {found}') from None

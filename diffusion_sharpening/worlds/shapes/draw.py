@@ -316,12 +316,12 @@ class Drawn:
     def __len__(self): return len(self.texts)
 
     def __getitem__(self,
-        i # Place, slice or list of places
+        i # A place, or what indexes a tensor: a slice, places, a mask
     ) -> torch.Tensor: # `(3, 64, 64)` or `(B, 3, 64, 64)`, float in [0, 1], of 256 levels as files have
         "Pictures of these places"
-        if isinstance(i, slice): i = range(len(self))[i]
-        if isinstance(i, int): return (picture(self.texts[i], f'{self.seed}-{i}')*255).round()/255
-        return torch.stack([self[j] for j in i])
+        at = torch.arange(len(self))[i]
+        if at.ndim: return torch.stack([self[j] for j in at]) if len(at) else torch.empty(0, 3, PX, PX)
+        return (picture(self.texts[at], f'{self.seed}-{at}')*255).round()/255
 
 # %% ../../../nbs/05_worlds/shapes/01_draw.ipynb #b34dd5b3
 def shapes_pairs(n:int, # How many
