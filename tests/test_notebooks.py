@@ -156,3 +156,17 @@ def test_the_figure_for_a_phone_is_that_of_the_page(monkeypatch):
     w, h = want.width, want.height//2
     begun = {ImageOps.invert(want.crop((0, y, w, y + h)).convert('L')).getbbox()[0] for y in (0, h)}
     assert len(begun) == 1
+
+
+taught = [p for p in paths if p.parent.name == '00_tutorials' or p.name == '33_your_own.ipynb']
+
+@pytest.mark.parametrize('path', taught, ids=lambda p: p.name)
+def test_a_tutorial_shows_what_it_imports(path):
+    "Whoever types it along has every name that its cells use"
+    cells = [c for c in code(read(path)) if 'nbdev_export(' not in c]
+    def brought(hidden):
+        trees = [t for c in cells if bool(directive('hide', c)) == hidden for t in parse(c)]
+        said = [o for t in trees if isinstance(t, imports) for o in t.names]
+        return {(o.asname or o.name).split('.')[0] for o in said}
+    used = names([t for c in cells if not directive('hide', c) for t in parse(c)])
+    assert (brought(True) - brought(False)) & used == set()
