@@ -68,7 +68,7 @@ def smaller(line):
     if argv[0] != 'train' or new: argv[1 + named:1 + named] = FEW.get(argv[0], [])  # what is typed later wins
     if new and '--steps' not in argv: argv += ['--steps', 1]
     if new and '--set' not in argv: argv.append('--set')
-    free = (known(argv) if new else set()) - {a.split('=')[0] for a in argv}
+    free = (known(argv) if new else set()) - {str(a).split('=')[0] for a in argv}
     if new: argv[(i := argv.index('--set') + 1):i] = [o for o in LITTLE if o.split('=')[0] in free]
     return env, [*map(str, argv)]
 
