@@ -129,7 +129,8 @@ class Parser(argparse.ArgumentParser):
         known = [o for o in self._option_string_actions if o.startswith('--')]
         for a in more:
             if a.startswith('--'): one_of(a.partition('=')[0], known, 'option')
-        if more: self.error(f'unrecognized arguments: {brief(" ".join(more))}; {self.prog} --help has examples')
+        what = brief(' '.join(more))
+        if more: self.error(f'unrecognized arguments: {what}; {self.prog} --help has examples')
         return found
 
 # %% ../../nbs/13_commands/16_cli.ipynb #ffa3cacb
