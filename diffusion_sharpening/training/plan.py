@@ -58,6 +58,7 @@ class StandIn(Denoiser):
 
     def reference(self): return self.use()
     def encode(self, prompts): return Cond(text=torch.zeros(len(prompts), 1, 1))
+    def unconditional(self, n=1): return self.encode(['']*n)
     def grid(self, S): return time_grid(S)
     def copy_adapter(self, src, dst): self.kept.append(dst)
     def blend_adapter(self, src, dst, rate): pass
