@@ -54,9 +54,10 @@ def encoded_pairs(model, # `Denoiser`, or another model
                  )->tuple: # `Encoded` and prompts; ValueError for things that the model does not make
     "Pairs of a world as a model sees them"
     things, texts = WORLDS[world].pairs(n, 0)
-    try: found = tuple(model.latents(things[:1]).shape[1:])
-    except (ValueError, RuntimeError, IndexError, TypeError): found = 'of another kind'
-    if found == tuple(model.item): return Encoded(model, things), texts
+    z = Encoded(model, things)
+    try: found = tuple(z[[0]].shape[1:])
+    except (ValueError, IndexError): found = 'of another kind'
+    if found == tuple(model.item): return z, texts
     raise ValueError(f'images: expected things that the model makes, with latents {tuple(model.item)}; '
                      f'those of {world} are {found}')
 
