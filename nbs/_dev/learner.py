@@ -3,17 +3,17 @@
 
 `python nbs/_dev/learner.py signal shapes FOLDER` measures the first gradient of each model: its signal
 against its noise, by what candidates share and how often they are asked, and how far it is the gradient
-of guidance. `python
-nbs/_dev/learner.py run NAME --steps 80 --set lr=1e-3` trains with the exam as reward and looks at held-out
-captions on the way; `--reward clip` follows a judge instead and looks at both. Its log is
-runs/learner/NAME.json. `--method` trains with another method, and `--guidance 3` trains and measures the
-model as it is under guidance. `gather NAME…` puts logs together."""
+of guidance. `python nbs/_dev/learner.py run NAME --steps 80 --set lr=1e-3` trains with the exam as reward
+and looks at held-out captions on the way; `--reward clip` follows a judge instead and looks at both. Its
+log is runs/learner/NAME.json, and the same command goes on where it was stopped. `--method` trains with
+another method, and `--guidance 3` trains and measures the model as it is under guidance. `gather NAME…`
+puts logs together."""
 import argparse, json, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import torch
 from results import write
-from diffusion_sharpening.basics.files import write_json
+from diffusion_sharpening.basics.files import read_json, write_json
 from diffusion_sharpening.basics.seeds import START, noise, stream
 from diffusion_sharpening.basics.stats import interval, shown
 from diffusion_sharpening.commands.load import load_model
@@ -28,6 +28,7 @@ from diffusion_sharpening.maths.schedules import add_noise
 from diffusion_sharpening.methods.parts import at_end, candidate_seeds
 from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.training.loop import Callback, LINEAR, train
+from diffusion_sharpening.training.resume import Checkpoint, Resume
 from diffusion_sharpening.training.run import settings
 from diffusion_sharpening.worlds.exam import all_hold
 from diffusion_sharpening.worlds.world import WORLDS
@@ -152,9 +153,10 @@ KEPT = 'reward', 'best', 'spread', 'apart', 'grad_norm' # Of the log of a batch
 class Watch(Callback):
     "The exam on held-out captions every so often, and the judge that is followed"
     order = 90
-    def __init__(self, texts, every, judges, model, keep): # `keep(watch)` after each look: a stop loses none
-        self.texts, self.every, self.judges, self.keep, self.rows = texts, every, judges, keep, []
+    def __init__(self, texts, every, judges, model, keep, rows): # `keep(watch)` after each look
+        self.texts, self.every, self.judges, self.keep, self.rows = texts, every, judges, keep, rows
         self.base = self.scores(model)
+    def start(self, s): self.rows = [r for r in self.rows if r['batch'] <= s.k]
     def scores(self, model): return evaluate(model, self.texts, self.judges).scores
     def update(self, s):
         if s.k % self.every == 0: self.look(s)
@@ -173,21 +175,26 @@ class Watch(Callback):
 
 def run(a):
     "One training with the exam as reward, or with a judge"
-    made, method = settings(a.method, 'default', steps=a.steps, **parse_settings(a.set))
+    own = dict(steps=a.steps, checkpoint_every=a.every) | parse_settings(a.set)
+    made, method = settings(a.method, a.preset, **own)
     model, prompts = load_model('shapes', a.guidance), prompt_set('shapes', seed=made.seed)
     texts = W.prompts(a.n, 'heldout', 1)
     judge = load_reward(a.reward, W.name) if a.reward else W.exam
     judges = dict(exam=W.exam) | ({a.reward: judge} if a.reward else {})
-    start, file = time.process_time(), logs/f'{a.name}.json'
+    file, folder = logs/f'{a.name}.json', logs/a.name
+    old = read_json(file) if file.exists() else dict(rows=[], cpu_seconds=0.)
+    start = time.process_time() - old['cpu_seconds']
     logs.mkdir(parents=True, exist_ok=True)
     def keep(watch):
         write_json(file, provenance() | dict(
-            name=a.name, method=a.method, guidance=a.guidance, captions=a.n, rows=watch.rows,
+            name=a.name, method=a.method, preset=a.preset, guidance=a.guidance, captions=a.n, rows=watch.rows,
             reward=(a.reward or 'exam') if method.needs_judge else None,
             base=interval(watch.base['exam'], 'captions'), cpu_seconds=time.process_time() - start,
             settings=dict(run=asdict(made), method=asdict(method))))
-    watch = Watch(texts, a.every, judges, model, keep)
-    train(model, method, judge, Prompts(model, prompts, made.batch, made.seed), made, [watch])
+    watch = Watch(texts, a.every, judges, model, keep, old['rows'])
+    about = dict(reward=a.reward, guidance=a.guidance)
+    beside = [watch, Resume(folder, about), Checkpoint(folder, about, resume=True)]
+    train(model, method, judge, Prompts(model, prompts, made.batch, made.seed), made, beside)
 
 def gather(a): write(a.out, dict(runs=[json.loads((logs/f'{n}.json').read_text()) for n in a.names]))
 
@@ -197,7 +204,7 @@ def main():
     q = sub.add_parser('signal'); q.set_defaults(do=signal); q.add_argument('--prompts', type=int, default=96)
     q.add_argument('models', nargs='*', default=['shapes'], help='names or folders')
     q = sub.add_parser('run'); q.set_defaults(do=run); q.add_argument('name')
-    q.add_argument('--method', default='rlhf')
+    q.add_argument('--method', default='rlhf'); q.add_argument('--preset', default='default')
     q.add_argument('--steps', type=int, default=80); q.add_argument('--every', type=int, default=20)
     q.add_argument('--n', type=int, default=120); q.add_argument('--set', action='append')
     q.add_argument('--guidance', type=float, default=1.)
