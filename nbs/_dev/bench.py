@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Time and memory of the inner loops:
-`python nbs/_dev/bench.py [rollout|selection|update|methods|search] [--model FOLDER] [--write]`
+`python nbs/_dev/bench.py [rollout|selection|update|methods|search|adapters] [--model FOLDER] [--write]`
 
 Everything is timed in turns: a round times each way once, in an order that turns, and what is reported is the
 median over rounds of the ratio within a round, with a 95 % interval of that median. A busy machine makes the
 interval wide rather than the ratio wrong; the final numbers want a quiet one."""
 import argparse, json, os, resource, statistics, subprocess, sys, tempfile, time
+from contextlib import contextmanager
 from math import comb
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from diffusion_sharpening.methods.catalog import METHODS, find
 from diffusion_sharpening.methods.parts import (
     along_path, begun, candidate_seeds, from_noises, from_prompt, margin_loss, path_error, path_rows, turned)
 from diffusion_sharpening.methods.protocol import noise_columns
+from diffusion_sharpening.models import policies
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.names.catalog import load_reward
@@ -36,7 +38,7 @@ from diffusion_sharpening.training.processes import Team, accelerator
 from diffusion_sharpening.training.run import settings
 from diffusion_sharpening.worlds.world import model_path
 
-KINDS = ['rollout', 'selection', 'update', 'methods', 'search']
+KINDS = ['rollout', 'selection', 'update', 'methods', 'search', 'adapters']
 WORLD = 'shapes'
 prompts = ['a red circle', 'a blue square', 'a green star', 'a yellow triangle']
 
@@ -340,6 +342,41 @@ def print_methods(r):
         print(f"{o['method']:<20}{o['seconds']['collect']:>10.3f}{o['seconds']['learn']:>9.3f}{o['nfe']:>13}"
               f"{o['rows']:>6}{o['updates']:>9}")
 
+# An adapter multiplied into the weights of narrow layers, or kept apart as peft does it
+
+@contextmanager
+def apart():
+    "Every layer answers as peft does"
+    before = policies._narrow
+    policies._narrow = lambda *_: False
+    try: yield
+    finally: policies._narrow = before
+
+def bench_adapters(folder, batch, repeat):
+    "A call without gradients and one with them, and all of a batch of the default rule, in both ways"
+    d, _, method = learner(folder, 'rlhf')
+    x, c = noise(torch.arange(batch), START, d.item, d.device), d.encode((prompts*batch)[:batch])
+    t, b = torch.full((batch,), 500, device=d.device), one_batch(d, method, batch//method.n)
+    def plain():
+        with torch.no_grad(): d.predict(x, t, c)
+    def taught():
+        with torch.no_grad(): lesson = method.collect(d, Bright(), b)
+        for u in range(method.updates):
+            (method.loss(d, None, lesson, u)[0]*lesson.use).sum().backward()
+    out = {}
+    for name, f in {'call': plain, 'call with gradients': lambda: d.predict(x, t, c)[0].mean().backward(),
+                    'batch of the default rule': taught}.items():
+        def peft():
+            with apart(): f()
+        rows = paired(dict(multiplied=f, apart=peft), repeat)
+        out[name] = dict(seconds=typical(rows), share=ratio(rows, 'multiplied', 'apart'))
+    return dict(rows=batch, repeat=repeat, method=type(method).__name__, arms=out)
+
+def print_adapters(r):
+    print(f"\nAdapters, {r['rows']} rows, {r['repeat']} paired rounds: multiplied out against apart")
+    for k, o in r['arms'].items():
+        print(f"{k:<28}{o['seconds']['multiplied']:>8.3f} s {said(o['share'])} of the time apart")
+
 # Searches beside their network evaluations, decodings and reward calls alone
 
 class Tape(Reward):
@@ -423,6 +460,9 @@ def main():
         if 'methods' in what:
             out['methods'] = bench_methods(folder, a.train_batch, a.n, max(3, a.repeat//5))
             print_methods(out['methods'])
+        if 'adapters' in what:
+            out['adapters'] = bench_adapters(folder, 64, a.repeat)
+            print_adapters(out['adapters'])
     if 'search' in what:
         out['search'] = bench_search(folder, 4, 10, a.repeat)
         print_search(out['search'])
