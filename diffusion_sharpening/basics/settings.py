@@ -7,6 +7,7 @@ __all__ = ['within', 'words', 'check_kinds', 'check_range', 'Settings', 'configu
 
 # %% ../../nbs/01_basics/05_settings.ipynb #d077721f
 from dataclasses import MISSING, field, fields
+from functools import cache
 from .words import brief, one_of
 
 # %% ../../nbs/01_basics/05_settings.ipynb #6d1e8b9c
@@ -79,13 +80,17 @@ def configure(make, # A settings dataclass, or a function that makes one from ch
     check_kinds(cls, changes)
     return make(**changes)
 
+# %% ../../nbs/01_basics/05_settings.ipynb #0fbad318
+@cache
+def _comments(cls): # Field → comment, also of the classes it is made from; sources are read once
+    from fastcore.docments import docments
+    made = [c for c in reversed(cls.__mro__) if hasattr(c, '__dataclass_fields__')]
+    return {k: v for c in made for k, v in docments(c).items() if v}
+
 # %% ../../nbs/01_basics/05_settings.ipynb #d309d5df
 def settings_table(o # A settings object, or a class with its defaults
                   )->list: # One dict per field: name, value (`default`), comment (`about`)
     "Settings with the comments of their source"
-    from fastcore.docments import docments
-    cls, notes = o if isinstance(o, type) else type(o), {}
-    for c in reversed(cls.__mro__):
-        if hasattr(c, '__dataclass_fields__'): notes |= {k: v for k, v in docments(c).items() if v}
+    cls = o if isinstance(o, type) else type(o)
     value = lambda f: None if f.default is MISSING and cls is o else getattr(o, f.name, f.default)
-    return [dict(name=f.name, default=value(f), about=notes.get(f.name, '')) for f in fields(cls)]
+    return [dict(name=f.name, default=value(f), about=_comments(cls).get(f.name, '')) for f in fields(cls)]
