@@ -15,6 +15,7 @@ from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.commands.lists import method_settings
 from diffusion_sharpening.rewards.mllm import ASPECTS
 from diffusion_sharpening.rewards.remote import serving
+from diffusion_sharpening.training.plan import plan
 
 OWN = '''def redness(images, prompts): return images[:, 0].mean((1, 2))
 def warm(images, prompts): return (images[:, 0] - images[:, 2]).mean((1, 2))
@@ -72,6 +73,11 @@ def smaller(line):
     if new: argv[(i := argv.index('--set') + 1):i] = [o for o in LITTLE if o.split('=')[0] in free]
     return env, [*map(str, argv)]
 
+
+@pytest.fixture(scope='module', autouse=True)
+def counted():
+    "What a plan of the embedded model counts is known to every child that is forked after this"
+    for rank in (2, 32): plan(rank=rank)
 
 @pytest.fixture
 def there(tmp_path):
