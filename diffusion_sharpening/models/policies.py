@@ -118,7 +118,7 @@ def add_lora(self:Policies,
     for p in learning + list(new.values())*trainable: p.requires_grad_(True)
     self.layers = [m for m in self.net.modules() if hasattr(m, '_disable_adapters')]
     for m in self.layers:
-        if m not in self.carried and type(m.base_layer) is torch.nn.Linear:
+        if m not in self.carried and type(m.base_layer) is torch.nn.Linear and _narrow(m, name):
             m.forward = MethodType(forward_multiplied, m)
     self.activate(self.current or name)
 
