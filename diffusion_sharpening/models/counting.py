@@ -15,7 +15,7 @@ from pathlib import Path
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from .policies import ATTENTION, LINEAR, Policies
+from .policies import ATTENTION, LINEAR, Policies, apart
 from .loading import dtype_of
 from ..basics.seeds import START, noise
 from ..basics.words import one_of
@@ -230,7 +230,7 @@ def _counted(model, px, rank, layers, checkpointing, dtype):
     for p in net.parameters(): p.data = p.data.to('meta', dtype)
     if checkpointing: net.train().enable_gradient_checkpointing()
     args, kw = _unet_inputs(a, px, dtype)
-    c = count(lambda: net(*args, return_dict=False, **kw)[0], net, rank is not None)
+    with apart(net): c = count(lambda: net(*args, return_dict=False, **kw)[0], net, rank is not None)
     return c, size, sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 # %% ../../nbs/03_models/14_counting.ipynb #4661c381
@@ -318,8 +318,9 @@ def measured(model # `Denoiser` that learns
     known = next((k for k in model.cache if isinstance(k, str)), '')
     one, cond = model.with_guidance(1.), model.encode([known])
     def ask(): return one.output(x, t, cond)
-    rollout, held = _run_once(ask, net), _saved(ask, net)
-    with model.reference(): reference = _run_once(ask, net)
+    with apart(net):
+        rollout, held = _run_once(ask, net), _saved(ask, net)
+        with model.reference(): reference = _run_once(ask, net)
     lesson = Cost(rollout.tflop, (3 if model.full else 2)*rollout.tflop, held, held)
     def size(m): return 0 if m is None else sum(p.numel() for p in m.parameters())
     learn, text = sum(p.numel() for p in model.trainable()), sum(map(size, model.text_encoders))
