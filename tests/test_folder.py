@@ -267,6 +267,28 @@ def test_the_best_weights_go_on(made, tmp_path):
     with pytest.raises(ValueError, match='validate_every'): go(made, tmp_path/'c', 1, keep_best=True)
 
 
+MUTE = """import torch
+def bright(images, prompts):
+    return images.mean((1, 2, 3)).masked_fill(torch.tensor(['moon' in p for p in prompts]), torch.nan)
+bright.may_fail = True
+"""
+
+@pytest.mark.parametrize('keep_best', [False, True])
+def test_a_judge_that_says_nothing_loses_nothing(made, tmp_path, keep_best):
+    "Held-out prompts without a score: the log is JSON, checkpoints are there, and the report says none"
+    (tmp_path/'mute.py').write_text(MUTE)
+    (tmp_path/'moons.txt').write_text('a red moon\na blue moon\n')
+    rep = go(made, tmp_path/'a', 2, reward=f'{tmp_path}/mute.py:bright', heldout=2, S_eval=2, validate_every=1,
+             heldout_prompts=str(tmp_path/'moons.txt'), keep_best=keep_best)
+    def nothing(name): raise AssertionError(f'{name} is no JSON')
+    rows = [json.loads(l, parse_constant=nothing) for l in (tmp_path/'a/metrics.jsonl').read_text().splitlines()]
+    assert [r['validation/mute:bright'] for r in rows] == [None, None] and rows[0]['reward'] > 0
+    assert checkpoints(tmp_path/'a/checkpoints')
+    own = {k: rep[k]['judges']['mute:bright']['overall'] for k in ('before', 'after', 'delta')}
+    assert all(o['mean'] is None and o['missing'] == 2 for o in own.values()) and 'none' in said(rep)
+    assert rep.get('kept_batch', 0) == 0
+
+
 def test_scores_on_prompts_of_the_training_are_said(made, finished, tmp_path, recwarn):
     "By `evaluate`, with their number; nothing is said of other prompts"
     (tmp_path/'new.txt').write_text('a red circle\na purple moon\n')

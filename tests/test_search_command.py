@@ -13,6 +13,9 @@ MINE = '''
 import torch
 from diffusion_sharpening.search.best_of_n import best_of_n
 def redness(images, prompts): return images[:, 0].mean((1, 2))
+def mute(images, prompts):
+    return images[:, 0].mean((1, 2)).masked_fill(torch.tensor(['red' in p for p in prompts]), torch.nan)
+mute.may_fail = True
 def other(images, prompts): return -images[:, 0].mean((1, 2))
 def twice(model, judge, prompts, seeds, S=20, budget=40., k=1):
     return best_of_n(model, judge, prompts, seeds + k, S, budget)
@@ -128,3 +131,9 @@ def test_files_of_others_stay(at, capsys):
     with pytest.raises(ValueError, match='holds 0000.png'): cli.run([*line, '--out', str(at/'search')])
     few = [o if o != '2' or line[i-1] != '--n' else '1' for i, o in enumerate(line)]
     assert cli.run([*few, '--out', str(at/'sample')]) == 0 and not (at/'sample'/'0001.png').exists()
+
+
+def test_a_prompt_without_a_score_keeps_its_picture(at):
+    code, out, err = run(at, ASK.replace('redness', 'mute') + ' --budget 4 --out mute')
+    assert code.code == 0 and '1 missing' in out, err
+    assert len([*(at/'mute'/'records').iterdir()]) == 3

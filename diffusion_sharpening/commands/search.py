@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 from ..basics.files import digest, read_json, write_json, write_whole
 from ..basics.pictures import as_png, read_picture
-from ..basics.stats import interval, shown
+from ..basics.stats import interval, numbers, shown
 from ..basics.words import brief, one_of
 from .heldout import check_judges, prompts_for
 from .load import as_trained, base_of, load_model, output_folder
@@ -130,7 +130,7 @@ def go_on(task:Task, # What is to be done
     write_pictures(pictures, texts, out)
     draw(out)
     told = [read_json(out/'records'/f'{i:04d}.json') for i in range(len(texts))]
-    value = interval(torch.tensor([o['value'] for o in told]))
+    value = interval(numbers([o['value'] for o in told]))
     spent = {k: max(o[k] for o in told) for k in ('nfe', 'calls')}
     return dict(value=value, **spent, out=str(out))
 

@@ -28,8 +28,8 @@ def changes(rep:dict # With `before`, `after` and `delta`
            )->list: # Tuples of a label and three texts: before, after, and the change with its interval
     "What changed, row by row"
     sides = [dict(rows(rep[k]['judges'])) for k in ('before', 'after', 'delta')]
-    return [(k, f"{sides[0][k]['mean']:.3f}", f"{sides[1][k]['mean']:.3f}", shown(d, '+'))
-            for k, d in sides[2].items()]
+    def mean(i): return 'none' if i['mean'] is None else f"{i['mean']:.3f}"
+    return [(k, mean(sides[0][k]), mean(sides[1][k]), shown(d, '+')) for k, d in sides[2].items()]
 
 # %% ../../nbs/11_evaluation/03_tables.ipynb #bc7ffa48
 def change_table(rep:dict # With `before`, `after` and `delta`

@@ -15,7 +15,7 @@ from ..commands.load import base_of, check_sampler, output_folder, quiet
 from ..commands.provenance import provenance
 from .arms import Arm, arms_of
 from .bed import FEW, Bed, bed_of, evaluated
-from .compare import TUNING, compared, name_of
+from .compare import TUNING, compared, mean_score, name_of
 from .show import comparison_table, draw_changes, draw_learning, draw_trade
 from ..training.folder import locked
 
@@ -105,7 +105,7 @@ def tries_of(folder:str, # Of an experiment
 
 # %% ../../nbs/14_experiments/14_command.ipynb #1b88d620
 def _tell(name, rec): # Says what a run or a try came to
-    mean = {k: sum(v)/len(v) for k, v in rec['scores'].items()}
+    mean = {k: mean_score(v) for k, v in rec['scores'].items()}
     means = ', '.join(f'{k} {v:.3f}' for k, v in mean.items())
     run = 'try' if rec['seed'] == TUNING else f"seed {rec['seed']}"
     print(f"{run:6}  {name}: {means} ({rec['seconds']:.0f} s)", flush=True)

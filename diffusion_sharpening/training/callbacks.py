@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from ..evaluation.alarms import alarms
 from ..evaluation.measure import evaluate, statistics
+from ..basics.files import finite
 from ..basics.stages import stage
 from .loop import Callback
 from ..methods.diffusion_dpo import win_rate
@@ -62,9 +63,9 @@ class Log(Callback):
     def __init__(self, path): self.path = Path(path)
     def start(self, s):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(''.join(json.dumps(r)+'\n' for r in s.history))
+        self.path.write_text(''.join(json.dumps(finite(r))+'\n' for r in s.history))
     def update(self, s):
-        with self.path.open('a') as f: f.write(json.dumps(s.log)+'\n')
+        with self.path.open('a') as f: f.write(json.dumps(finite(s.log))+'\n')
 
 # %% ../../nbs/12_training/05_callbacks.ipynb #c348dc9b
 class Validate(Aside):
@@ -82,7 +83,7 @@ class Validate(Aside):
         "Scores of the weights that the run would keep, into the row of the log"
         if s.rank and not s.model.sharded: return
         with s.model.use('ema' if s.run.ema else 'policy'): e = self.asked(s.method.deployed(s.model, self.S))
-        s.log |= {f'validation/{k}': v.nanmean().item() for k, v in e.scores.items()}
+        s.log |= finite({f'validation/{k}': v.nanmean().item() for k, v in e.scores.items()})
         return e
 
 # %% ../../nbs/12_training/05_callbacks.ipynb #bfe1c2ce
@@ -101,8 +102,9 @@ class KeepBest(Validate):
         own = next(iter(self.judges))
         rang = alarms(e.images, self.base.images, stats=partial(statistics, prompts=self.prompts))
         kept = [r[f'validation/{own}'] for r in s.history[:-1] if r.get('kept')]
-        best = max([self.base.scores[own].nanmean().item(), *kept])
-        s.log |= dict(alarms=len(rang), kept=not rang and s.log[f'validation/{own}'] > best)
+        found, first = s.log[f'validation/{own}'], finite(self.base.scores[own].nanmean().item())
+        better = found is not None and all(found > o for o in (first, *kept) if o is not None)
+        s.log |= dict(alarms=len(rang), kept=not rang and better)
         return 'better' if s.log['kept'] else None
 
 # %% ../../nbs/12_training/05_callbacks.ipynb #0919342d
@@ -126,7 +128,7 @@ class Alarms(Aside):
         ims = s.pictures.flatten(0, 1).float().cpu()
         texts = s.prompts*len(s.pictures)
         s.log |= {f'image/{k}': v.mean().item() for k, v in statistics(ims, texts).items()}
-        if self.watch: s.log[f'held-out/{self.watch.name}'] = self.watch(ims, texts).nanmean().item()
+        if self.watch: s.log[f'held-out/{self.watch.name}'] = finite(self.watch(ims, texts).nanmean().item())
 
 # %% ../../nbs/12_training/05_callbacks.ipynb #8839e9b7
 class WinRate(Aside):

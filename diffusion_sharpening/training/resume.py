@@ -9,6 +9,7 @@ __all__ = ['FREE', 'identity', 'snapshot', 'restore', 'differences', 'Resume', '
 import torch
 from dataclasses import asdict, fields
 from pathlib import Path
+from ..basics.files import finite
 from ..models.sharding import collected, dealt
 from .checkpoints import (
     CheckpointError, checkpoints, load_latest, random_state, save_checkpoint, set_random_state)
@@ -51,7 +52,7 @@ def snapshot(s, # `State` of the loop
                for m in ('step', 'exp_avg', 'exp_avg_sq')}
     chance, rest = random_state()
     counts = {k: getattr(s, k) for k in ('k', 'skipped', 'bad', 'nfe', 'seconds')}
-    record = dict(identity=identity(s, about), steps=s.run.steps, counts=counts, history=s.history,
+    record = dict(identity=identity(s, about), steps=s.run.steps, counts=counts, history=finite(s.history),
                   random=rest)
     kept = s.method.state()
     return dict(weights=weights, optimizer=moments,
