@@ -54,6 +54,8 @@ def test_is_clean(path):
 def test_opens_as_a_page(path):
     "A kernel is named, so that JupyterLab does not ask; the module comes first, then title and subtitle"
     nb = read(path)
+    ids = [c['id'] for c in nb['cells']]
+    assert len({*ids}) == len(ids), 'expected each cell to have an id of its own'
     assert nb['metadata']['kernelspec']['name'] == 'python3'
     if directive('default_exp', '\n'.join(code(nb))): assert directive('default_exp', nb['cells'][0]['src'])
     assert re.fullmatch(r'# .*\n+> .*(\n- .*)*\s*', markdown(nb)[0]), (
