@@ -51,7 +51,7 @@ def finished(made, tmp_path_factory):
 
 def test_a_finished_run_is_not_overwritten(made, finished):
     before = inside(finished)
-    with pytest.raises(ValueError, match='a finished run of rlhf; train it longer with --steps N --resume'):
+    with pytest.raises(ValueError, match='a finished run of rlhf; train it longer: sharpen train rlhf'):
         go(made, finished, seed=1)
     assert inside(finished) == before
 
@@ -181,7 +181,7 @@ def test_unfinished_until_the_report_is_whole(made, tmp_path, monkeypatch):
         with pytest.raises(OSError): go(made, tmp_path)
     kept = lora(tmp_path)
     assert describe(tmp_path) == 'a run of rlhf that was stopped after batch 2'
-    with pytest.raises(ValueError, match='stopped after batch 2; go on with it: --resume'): go(made, tmp_path)
+    with pytest.raises(ValueError, match='stopped after batch 2; go on with it: sharpen train rlhf --resume'): go(made, tmp_path)
     rep = resume('rlhf', tmp_path)
     assert rep['batches'] == 2 and lora(tmp_path) == kept
     assert len((tmp_path/'metrics.jsonl').read_text().splitlines()) == 2
@@ -336,6 +336,6 @@ def test_killed_in_a_real_process(made, tmp_path):
     p.send_signal(signal.SIGKILL)
     p.wait()
     again = subprocess.run([*map(str, cmd)], capture_output=True, text=True)
-    assert again.returncode == 2 and f'go on with it: --resume {tmp_path}/a' in again.stderr
+    assert again.returncode == 2 and f'go on with it: sharpen train rlhf --resume {tmp_path}/a' in again.stderr
     resume('rlhf', tmp_path/'a')
     assert lora(tmp_path/'a') == lora(tmp_path/'whole')

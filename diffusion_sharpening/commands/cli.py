@@ -135,8 +135,8 @@ class Parser(argparse.ArgumentParser):
 
 # %% ../../nbs/13_commands/16_cli.ipynb #ffa3cacb
 def text(value:str)->str:
-    "A text that is not empty"
-    if value: return value
+    "A text that is not empty; `~/` at its start is the user's own folder"
+    if value: return os.path.expanduser(value) if value.startswith('~/') else value
     raise argparse.ArgumentTypeError("expected a text, found ''")
 
 # %% ../../nbs/13_commands/16_cli.ipynb #c4668550
@@ -204,9 +204,10 @@ def settings_of(a:dict # Parsed arguments; `config`, `set` and `steps` are taken
                )->dict: # ValueError for a setting that is an option of its own
     "Settings of the method and the run: those of the file, `--steps`, then `--set`"
     file, pairs = a.pop('config', None), a.pop('set', [])
-    typed = dict(steps=a.pop('steps')) if 'steps' in a else {}
-    more = (read_config(file) if file else {}) | typed | parse_settings(pairs)
-    return more
+    typed, more = dict(steps=a.pop('steps')) if 'steps' in a else {}, parse_settings(pairs)
+    twice = [k for k in more if typed and k in ('steps', 'run.steps')]
+    if twice: raise ValueError(f'--set: expected one number of steps, found --steps and {twice[0]}')
+    return (read_config(file) if file else {}) | typed | more
 
 # %% ../../nbs/13_commands/16_cli.ipynb #806e39c8
 def help_of(name:str, # One of `COMMANDS`

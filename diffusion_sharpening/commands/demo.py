@@ -9,6 +9,7 @@ __all__ = ['demo']
 from .report import table
 from .train import resume, train
 from ..basics.words import one_of
+from ..methods.catalog import find
 from ..training.folder import read_report, read_run, unlearned
 from ..worlds.world import WORLDS, usual_reward
 
@@ -17,12 +18,13 @@ def demo(
     out:str='demo', # Folder for weights, log, pictures and report
     steps:int=60, # Batches of the training
     seed:int=0, # All chance of the run
-    world:str=next(iter(WORLDS)) # Whose model: one of the worlds
+    world:str=None # Whose model is sharpened; None: the first that comes with the library
 )->dict: # The report
     "Sharpen an embedded model here and now: before, after, and what it took"
+    world = world or next(iter(WORLDS))
     model = next(iter(WORLDS[one_of(world, list(WORLDS), 'world')].models))
-    print(f'RLHF-Diffusion-Sharpening of the embedded model {model}; reward: {usual_reward(model)}; '
-          f'{steps} batches, seed {seed}')
+    print(f"rlhf ({type(find('rlhf')()).__name__}) on the embedded model {model}; reward: "
+          f'{usual_reward(model)}; {steps} batches, seed {seed}')
     asked = dict(model=model, steps=steps, seed=seed, decay=1.)
     again = read_run(out) and not read_report(out) and not unlearned(out)
     rep = resume('rlhf', out, **asked) if again else train('rlhf', out=out, **asked)

@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'parse_settings', 'read_config']
 
 # %% ../../nbs/13_commands/04_options.ipynb #dfa9d1e7
-import json
+import json, re
 from pathlib import Path
 from ..basics.files import read_json
 from ..basics.words import brief
@@ -22,6 +22,8 @@ def parse_settings(pairs:list # `key=value` texts
         if k in out: raise ValueError(f'--set: expected one value of {brief(k)}, found it twice')
         try: out[k] = json.loads(f'0{v}' if v[:1] == '.' else v)
         except (ValueError, RecursionError): out[k] = v
+        if out[k] == v and re.match(r'[^,]*,\w+=', v):
+            raise ValueError(f'--set: expected spaces between settings, found {brief(p)}')
     return out
 
 # %% ../../nbs/13_commands/04_options.ipynb #9971952f

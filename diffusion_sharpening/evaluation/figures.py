@@ -76,6 +76,7 @@ def draw_log(ax, # Axes
     "Draw numbers of a log over updates: faint, and their running mean"
     for (key, label), col in zip(names.items(), ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00')):
         at = [r for r in log if r.get(key) is not None]
+        if not at: continue                                       # a method without candidates has no best
         x, y = [r['step'] for r in at], [r[key] for r in at]
         ax.plot(x, y, color=col, alpha=.25, lw=1)
         ax.plot(x, running_mean(y, max(1, len(at)//20)), color=col, label=plain(label))
@@ -96,7 +97,7 @@ def curve(log:list, # Rows with `step`, `reward` and `best`; `held-out/…` and 
     if watched:
         draw_log(axs[1], log, {k: _label(k) for k in watched})
         axs[1].set(ylabel='score')
-    axs[-1].set_xlabel('update')
+    axs[-1].set_xlabel('batch')
     fig.savefig(path, dpi=110)
 
 def _label(key): # Of a number in the log that another judge gave, or held-out prompts

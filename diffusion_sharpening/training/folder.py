@@ -124,7 +124,10 @@ def unlearned(folder # For results
     return there == {'manifest.json'} or describe(folder) not in (None, 'a damaged run')
 
 # %% ../../nbs/12_training/08_folder.ipynb #af44147f
-_what_to_do = {'a finished': 'train it longer with --steps N --resume', 'a run': 'go on with it: --resume'}
+def _way_on(folder, what): # What to type to go on with the run that `describe` tells of
+    if what == 'a damaged run': return ''
+    line = f"sharpen train {read_run(folder)['method']} --resume {folder}"
+    return f'train it longer: {line} --steps N, or ' if 'finished' in what else f'go on with it: {line}, or '
 
 def check_unused(folder # For the results of a new run
                 ):
@@ -132,9 +135,7 @@ def check_unused(folder # For the results of a new run
     if unlearned(folder): return
     there = _there(folder)
     what = describe(folder)
-    if what:
-        how = next((f'{v} {folder}, or ' for k, v in _what_to_do.items() if what.startswith(k)), '')
-        raise FolderError(f'out: {folder} holds {what}; {how}name another --out')
+    if what: raise FolderError(f'out: {folder} holds {what}; {_way_on(folder, what)}name another --out')
     if there:
         raise FolderError(f"out: {folder} has {', '.join(there)}, not of a run of this library; "
                           'name another --out')

@@ -138,7 +138,8 @@ def check_judge(method, judge):
     name = type(method).__name__
     if method.needs_judge and judge is None: raise ValueError(f'train: {name} asks a reward, found none')
     if method.needs_gradient and not judge.differentiable:
-        raise ValueError(f'train: {name} follows the gradient of the reward; {judge.name} lets none pass')
+        raise ValueError(f'train: {name} follows the gradient of the reward; {judge.name} lets none pass '
+                         '(a function of yours says with `f.differentiable = True` that it does)')
 
 # %% ../../nbs/12_training/02_loop.ipynb #49412438
 def begin(model, method, judge, source, run:Run)->State:

@@ -99,8 +99,9 @@ def model_content(model:str # Name of an embedded model, a folder, or a name on 
 HARMLESS = ('tracker', 'out')  # Options, beside the settings in `FREE`
 
 def _refuse(name, was, now):
+    how = f'type sharpen train {was} --resume' if name == 'method' else 'leave it out'
     raise ValueError(f'resume: {name} was {was!r} when this run was started, and is {now!r} now; '
-                     'leave it out, or start another run with another --out')
+                     f'{how}, or start another run with another --out')
 
 # %% ../../nbs/12_training/10_record.ipynb #2b587419
 def going_on(was:dict, # The record of a run
