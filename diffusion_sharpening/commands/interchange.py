@@ -211,12 +211,17 @@ def _copy(source, file): # Whole or not at all
     shutil.copyfile(source, f'{file}.tmp'); os.replace(f'{file}.tmp', file)
     return file
 
+# %% ../../nbs/13_commands/01_interchange.ipynb #fa708738
+def _has_unet(model): # kohya's layout names the layers of a U-Net; a name that is not here counts as one
+    folder = Path(model_path(model))
+    return (folder/'unet').is_dir() or not folder.is_dir()
+
 # %% ../../nbs/13_commands/01_interchange.ipynb #220b384e
 def _gather(run_dir, repo, dir): # All that is uploaded
     rep, run_dir = run_report(run_dir), Path(run_dir)
     full = run_weights(run_dir, rep)
     if full: shutil.copytree(run_dir/'model', dir, dirs_exist_ok=True)
-    else: [export(run_dir, o, dir) for o in LAYOUTS]
+    else: [export(run_dir, o, dir) for o in (LAYOUTS if _has_unet(rep['model']) else LAYOUTS[:1])]
     for name in ('reward_curve.png', 'before_after.png'):
         if (run_dir/name).is_file(): shutil.copyfile(run_dir/name, dir/name)
     if not hub_name(rep['model']): rep['model'] = Path(rep['model']).name

@@ -6,9 +6,10 @@
 __all__ = ['Corrected', 'inverted_noises']
 
 # %% ../../nbs/10_corrector/03_corrected.ipynb #1f02ee2f
-import torch
+import hashlib, torch
 from dataclasses import dataclass, field
 from pathlib import Path
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -47,12 +48,22 @@ class Corrected:
         self.spent['base'] = meter.nfe/len(z)
         return out
 
+# %% ../../nbs/10_corrector/03_corrected.ipynb #48739ee1
+def _about(x, *settings): # Of a chunk: a digest of its items, and how they were inverted
+    items = hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    return f"{len(x)} items {items}, {', '.join(f'{o:g}' for o in settings)}"
+
+def _check_chunk(path, about): # `ValueError` unless a chunk is what would be made now
+    with safe_open(path, 'pt') as f: found = (f.metadata() or {}).get('about')
+    if found == about: return
+    raise ValueError(f'folder: expected the inversion of {about} in {path}, found {found}; name another')
+
 # %% ../../nbs/10_corrector/03_corrected.ipynb #c7029c74
 def inverted_noises(
     model, # The base
     items:Tensor, # Clean items `(B, *item)`
     steps:int, # Of the base
-    folder, # For the chunks; those that are there are read
+    folder, # For the chunks; those that are there are read, ValueError if they are of other items or settings
     chunk:int=256, # Items inverted at once
     tol:float=1e-4, # Relative residual of a step
     most:float=1e-2, # Largest relative round trip of an item that is kept
@@ -63,12 +74,13 @@ def inverted_noises(
     folder, parts = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     for i, x in enumerate(tqdm(items.split(chunk), desc=f'inverting {steps} steps', mininterval=5)):
-        path = folder/f'{i:05}.safetensors'
-        if not path.exists():
+        path, about = folder/f'{i:05}.safetensors', _about(x, steps, tol, most, rounds)
+        if path.exists(): _check_chunk(path, about)
+        else:
             found = invert(model, x, model.grid(steps), rounds=rounds, tol=tol)
             told = dict(noise=found.noise, kept=found.kept(most), damped=found.damped > 0,
                         round_trip=found.round_trip, nfe=torch.full((len(x),), found.nfe))
-            write_whole(path, save({k: v.cpu().contiguous() for k, v in told.items()}))
+            write_whole(path, save({k: v.cpu().contiguous() for k, v in told.items()}, dict(about=about)))
         parts.append(load_file(path))
     all = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
     counts = dict(items=len(items), came_back=int(all['kept'].sum()), damped=int(all['damped'].sum()),

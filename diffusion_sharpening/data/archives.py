@@ -138,11 +138,18 @@ def _bytes_at(path, at, size):  # A part of a file
         f.seek(at)
         return f.read(size)
 
+# %% ../../nbs/07_data/02_archives.ipynb #091fa231
+def _base(name): # What the files of a row have in common, and the kind of this one: `cat`, `png`; `cat.1`, `png`
+    base, _, kind = name.partition('.')
+    known = lambda k: '.' + k.lower() in PICTURES or k in ('txt', 'json')
+    last, _, end = name.rpartition('.')
+    return (base, kind) if known(kind) or not known(end) else (last, end)
+
 # %% ../../nbs/07_data/02_archives.ipynb #ebe92cb8
 def _tar_rows(path):  # Name → what lies in the archive: `txt`, `json`, or name, place and size of the `image`
     out = {}
     for name, at, size in _members(path):
-        base, _, kind = os.path.basename(name).partition('.')
+        base, kind = _base(os.path.basename(name))
         row, where = out.setdefault(os.path.join(os.path.dirname(name), base), {}), f'{path}, {name}'
         if '.' + kind.lower() in PICTURES:
             if 'image' in row: raise ValueError(f'pictures: {where}: expected one such picture, found two')

@@ -7,10 +7,12 @@ __all__ = ['search_pipeline']
 
 # %% ../../nbs/09_search/09_pipeline.ipynb #5aced723
 import torch
+from ..basics.words import one_of
 from ..models.denoiser import Denoiser
 from ..rewards.own import Own
 from ..rewards.protocol import Reward
 from .best_of_n import best_of_n
+from .catalog import SEARCHES
 
 # %% ../../nbs/09_search/09_pipeline.ipynb #cac92428
 @torch.no_grad()
@@ -18,7 +20,7 @@ def search_pipeline(pipe, # A diffusers pipeline of a known family
                     judge, # The verifier: a `Reward`, or a function `(images, prompts) -> (B,)`
                     prompts, # A text or a list of them
                     budget:float, # Network evaluations for each picture
-                    search=best_of_n, # One of `SEARCHES`, or a function of yours
+                    search=best_of_n, # One of `SEARCHES` or its name, or a function of yours
                     S:int=25, # Sampler steps
                     seeds=None, # An int per prompt; None: 0, 1, …
                     guidance:float=5., # Classifier-free guidance; 1: none, at half the cost
@@ -29,6 +31,7 @@ def search_pipeline(pipe, # A diffusers pipeline of a known family
     seeds = torch.arange(len(texts)) if seeds is None else torch.as_tensor(seeds).flatten()
     if len(seeds) != len(texts):
         raise ValueError(f'seeds: expected {len(texts)}, one per prompt; found {len(seeds)}')
+    if isinstance(search, str): search = SEARCHES[one_of(search, SEARCHES, 'search')]
     model = Denoiser(pipe, guidance)
     judge = judge if isinstance(judge, Reward) else Own(judge)
     res = search(model, judge, texts, seeds, S=S, budget=budget, **own)
