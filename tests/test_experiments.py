@@ -39,7 +39,8 @@ def test_a_judge_may_say_nothing(tmp_path, monkeypatch, capsys):
         at = torch.tensor([len(p) % 3 == 0 for p in prompts])
         return score(self, things, prompts).masked_fill(at, torch.nan)
     monkeypatch.setattr(Tidy, 'score', mute); monkeypatch.setattr(Tidy, 'may_fail', True)
-    found = experiment('comparison', 'layouts', budget=400., seeds=2, heldout=6, only='NFT', out=str(tmp_path))
+    small = dict(budget=400., seeds=2, heldout=6, only='NFT')
+    found = experiment('comparison', 'layouts', **small, out=str(tmp_path))
     own = found['arms']['NFT']['value'][found['followed']]
     assert own['missing'] > 0 and own['mean'] is not None
     assert said(found) and 'try' in capsys.readouterr().out

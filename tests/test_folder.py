@@ -181,7 +181,8 @@ def test_unfinished_until_the_report_is_whole(made, tmp_path, monkeypatch):
         with pytest.raises(OSError): go(made, tmp_path)
     kept = lora(tmp_path)
     assert describe(tmp_path) == 'a run of rlhf that was stopped after batch 2'
-    with pytest.raises(ValueError, match='stopped after batch 2; go on with it: sharpen train rlhf --resume'): go(made, tmp_path)
+    with pytest.raises(ValueError, match='stopped after batch 2; go on with it: sharpen train rlhf --resume'):
+        go(made, tmp_path)
     rep = resume('rlhf', tmp_path)
     assert rep['batches'] == 2 and lora(tmp_path) == kept
     assert len((tmp_path/'metrics.jsonl').read_text().splitlines()) == 2
@@ -278,10 +279,11 @@ def test_a_judge_that_says_nothing_loses_nothing(made, tmp_path, keep_best):
     "Held-out prompts without a score: the log is JSON, checkpoints are there, and the report says none"
     (tmp_path/'mute.py').write_text(MUTE)
     (tmp_path/'moons.txt').write_text('a red moon\na blue moon\n')
-    rep = go(made, tmp_path/'a', 2, reward=f'{tmp_path}/mute.py:bright', heldout=2, S_eval=2, validate_every=1,
-             heldout_prompts=str(tmp_path/'moons.txt'), keep_best=keep_best)
+    asked = dict(heldout=2, S_eval=2, validate_every=1, heldout_prompts=str(tmp_path/'moons.txt'))
+    rep = go(made, tmp_path/'a', 2, reward=f'{tmp_path}/mute.py:bright', keep_best=keep_best, **asked)
     def nothing(name): raise AssertionError(f'{name} is no JSON')
-    rows = [json.loads(l, parse_constant=nothing) for l in (tmp_path/'a/metrics.jsonl').read_text().splitlines()]
+    lines = (tmp_path/'a/metrics.jsonl').read_text().splitlines()
+    rows = [json.loads(l, parse_constant=nothing) for l in lines]
     assert [r['validation/mute:bright'] for r in rows] == [None, None] and rows[0]['reward'] > 0
     assert checkpoints(tmp_path/'a/checkpoints')
     own = {k: rep[k]['judges']['mute:bright']['overall'] for k in ('before', 'after', 'delta')}
@@ -336,6 +338,7 @@ def test_killed_in_a_real_process(made, tmp_path):
     p.send_signal(signal.SIGKILL)
     p.wait()
     again = subprocess.run([*map(str, cmd)], capture_output=True, text=True)
-    assert again.returncode == 2 and f'go on with it: sharpen train rlhf --resume {tmp_path}/a' in again.stderr
+    line = f'go on with it: sharpen train rlhf --resume {tmp_path}/a'
+    assert again.returncode == 2 and line in again.stderr
     resume('rlhf', tmp_path/'a')
     assert lora(tmp_path/'a') == lora(tmp_path/'whole')

@@ -7,10 +7,17 @@ from safetensors.torch import load_file, save_file
 
 diffusers = pytest.importorskip('diffusers')
 from diffusion_sharpening.basics.seeds import START, noise
+from diffusion_sharpening.commands.interchange import export, push
+from diffusion_sharpening.commands.sample import sample
+from diffusion_sharpening.commands.train import train
+from diffusion_sharpening.models.counting import measured
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.loading import load_pipeline
 from diffusion_sharpening.models.lora import lora_file
-from diffusion_sharpening.models.tiny import tiny_sd, tiny_sdxl
+from diffusion_sharpening.models.tiny import tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
+from diffusion_sharpening.models.policies import LINEAR
+from diffusion_sharpening.training.plan import units_of
+from diffusion_sharpening.training.run import Run
 from diffusion_sharpening.worlds.world import weights
 
 torch.set_num_threads(1)
@@ -279,3 +286,26 @@ def test_wheel_has_the_weights(tmp_path):
     assert str(site) in run(str(python), '-c', where, cwd=tmp_path, env=env)
     out = run(str(tmp_path/'venv/bin/sharpen'), 'demo', '--steps', '2', '--out', 'run', cwd=tmp_path, env=env)
     assert (tmp_path/'run/report.json').exists(), out
+
+
+# Transformers: SD 3 and FLUX
+
+@pytest.mark.parametrize('make', [tiny_sd3, tiny_flux])
+def test_a_transformer_is_counted_and_trained(make, tmp_path):
+    "From configs alone: the operations and sizes of the loaded model; and the commands run on it"
+    make(tmp_path/'model')
+    (tmp_path/'mine.py').write_text('def bright(images, prompts): return images.mean((1, 2, 3))')
+    (tmp_path/'prompts.txt').write_text('\n'.join(PROMPTS))
+    d = load(tmp_path/'model', guidance=1.)
+    units, sizes = units_of(str(tmp_path/'model'), d.size[1], Run(rank=4))
+    seen, had = measured(d.add_lora(4, targets=LINEAR))
+    assert sizes == had
+    for k in ('lesson', 'rollout', 'reference', 'show'):
+        assert units[k].tflop == pytest.approx(seen[k].tflop, rel=1e-6)
+    asked = dict(prompts=str(tmp_path/'prompts.txt'), model=str(tmp_path/'model'), guidance=1.)
+    train('rlhf', out=str(tmp_path/'run'), reward=f'{tmp_path}/mine.py:bright', heldout=0, steps=1, n=2, S=2,
+          batch=2, rank=2, **asked)
+    sample(lora=str(tmp_path/'run'), out=str(tmp_path/'pictures'), n=1, S=2, **asked)
+    assert [*(tmp_path/'pictures').glob('*.png')]
+    assert push(str(tmp_path/'run'), 'me/x', dry_run=True)
+    with pytest.raises(ValueError, match='with a U-Net'): export(str(tmp_path/'run'))

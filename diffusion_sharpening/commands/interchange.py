@@ -55,8 +55,12 @@ def _write(weights, file, meta):
 # %% ../../nbs/13_commands/01_interchange.ipynb #f61b5bfe
 def _model_of(model):  # Is it SDXL? `layers_per_block`, from a config alone
     a = anatomy(model_path(model))
+    if not a.kind.startswith('UNet'):
+        raise ValueError("model: expected one with a U-Net, whose layers kohya's layout names; "
+                         f'{model} has a {a.kind}')
     return a.xl, a.unet.get('layers_per_block', 2)
 
+# %% ../../nbs/13_commands/01_interchange.ipynb #fdbae313
 def to_kohya(
     path, # LoRA in diffusers' layout: folder or file
     out, # File to write
@@ -75,8 +79,8 @@ def to_kohya(
 # %% ../../nbs/13_commands/01_interchange.ipynb #4effcd81
 def _layers(model):  # Kohya's name → diffusers' name of every layer that could have an adapter
     from diffusers import UNet2DConditionModel
-    with torch.device('meta'): net = UNet2DConditionModel.from_config(anatomy(model_path(model)).unet)
     xl, blocks = _model_of(model); out = {}
+    with torch.device('meta'): net = UNet2DConditionModel.from_config(anatomy(model_path(model)).unet)
     for k, m in net.named_modules():
         if not isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)): continue
         try: out[kohya_name(k, xl, blocks)] = k

@@ -90,7 +90,8 @@ def check_lora(lora # Folder of a run, or any LoRA
               )->Path: # ValueError if there is none in it, with what to do about it
     "Where a LoRA is"
     path = Path(named(lora, 'lora'))
-    if not path.exists(): raise ValueError(f'lora: expected the folder of a run or of a LoRA, found no {path}')
+    if not path.exists():
+        raise ValueError(f'lora: expected the folder of a run or of a LoRA, found no {path}')
     if path.is_file() or (path/lora_file).is_file(): return path
     what = describe(path)
     more = f'; it holds {what}' if what else ''

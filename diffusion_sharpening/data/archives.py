@@ -139,7 +139,7 @@ def _bytes_at(path, at, size):  # A part of a file
         return f.read(size)
 
 # %% ../../nbs/07_data/02_archives.ipynb #091fa231
-def _base(name): # What the files of a row have in common, and the kind of this one: `cat`, `png`; `cat.1`, `png`
+def _base(name): # What the files of a row have in common, and the kind of this one: `cat.1` and `png`
     base, _, kind = name.partition('.')
     known = lambda k: '.' + k.lower() in PICTURES or k in ('txt', 'json')
     last, _, end = name.rpartition('.')

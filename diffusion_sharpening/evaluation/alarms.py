@@ -80,7 +80,7 @@ def alarms(images:Tensor, # `(N, 3, H, W)` in [0, 1]
            limit:float=.5, # Shift that counts, in spreads of the reference
            sure:float=4., # Standard errors that count
            stats=picture_stats # `images -> {name: (N,)}`
-          )->list: # A line for each statistic that moved; empty: none has surely, or there are fewer than four
+          )->list: # A line for each statistic that surely moved; of fewer than four pictures none has
     "What a person should look at before believing that a reward went up"
     moved = {k: o for k, o in shifts(images, reference, stats).items()
              if abs(o['shift']) > limit and o['sure'] > sure}

@@ -25,15 +25,21 @@ from ..basics.words import one_of
 @dataclass(frozen=True)
 class Anatomy:
     "The sizes of a pipeline"
-    unet: dict # Config of its `UNet2DConditionModel`
+    unet: dict # Config of its `UNet2DConditionModel`, or of its transformer
     vae: dict  # Config of its `AutoencoderKL`
-    text: tuple # Width, layers, vocabulary and projection of each text encoder
+    text: tuple # Of each text encoder: width, layers, vocabulary and projection of a CLIP; parameters of a T5
     tokens: int = 77 # Per prompt
 
     @property
     def factor(self): return 2**(len(self.vae['block_out_channels'])-1)
     @property
     def xl(self): return self.unet.get('addition_embed_type') == 'text_time'
+    @property
+    def kind(self): return self.unet.get('_class_name', 'UNet2DConditionModel')
+    @property
+    def reads(self): # Tokens of a prompt that reach the network: of the CLIP, of CLIP and T5, of T5
+        own = dict(SD3Transformer2DModel=self.tokens + 256, FluxTransformer2DModel=512)
+        return own.get(self.kind, self.tokens)
 
 _levels = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
                down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4)
@@ -70,6 +76,15 @@ def _downloaded(name):  # Folder of a model of the Hub, if it was downloaded bef
     file = try_to_load_from_cache(name, 'model_index.json')
     return Path(file).parent if isinstance(file, str) else None
 
+# %% ../../nbs/03_models/14_counting.ipynb #4f2b65d6
+def _text(c): # A text encoder from its config: the sizes of a CLIP, or the parameters of a T5
+    if 'd_model' not in c:
+        projects = 'WithProjection' in c.get('architectures', [''])[0]
+        return c['hidden_size'], c['num_hidden_layers'], c['vocab_size'], c.get('projection_dim', 0)*projects
+    d, inner, gated = c['d_model'], c['d_kv']*c['num_heads'], 'gated' in c.get('feed_forward_proj', '')
+    block = 4*d*inner + (2 + gated)*d*c['d_ff'] + 2*d
+    return c['vocab_size']*d + c['num_layers']*block + c['relative_attention_num_buckets']*c['num_heads'] + d
+
 # %% ../../nbs/03_models/14_counting.ipynb #b3996456
 def anatomy(model:str # sdxl, sd15, their names on the Hub, a downloaded model, or the folder of a pipeline
            )->Anatomy: # Nothing is loaded but configs
@@ -81,16 +96,16 @@ def anatomy(model:str # sdxl, sd15, their names on the Hub, a downloaded model, 
         raise ValueError(f'model: expected {known}, an embedded model, or the folder of a pipeline; found '
                          f'{model}')
     encs = [_config(p/'config.json') for p in sorted(path.glob('text_encoder*'))]
-    project = lambda c: c.get('projection_dim', 0)*('WithProjection' in c.get('architectures', [''])[0])
-    text = tuple((c['hidden_size'], c['num_hidden_layers'], c['vocab_size'], project(c)) for c in encs)
+    net = 'transformer' if (path/'transformer').is_dir() else 'unet'
+    net, vae = (_config(path/o/'config.json') for o in (net, 'vae'))
     tokens = encs[0].get('max_position_embeddings', 77) if encs else 77
-    return Anatomy(_config(path/'unet/config.json'), _config(path/'vae/config.json'), text, tokens)
+    return Anatomy(net, vae, tuple(map(_text, encs)), tokens)
 
 # %% ../../nbs/03_models/14_counting.ipynb #243d01e2
 def text_params(a:Anatomy)->int: # Without loading or building them
-    "Parameters of the CLIP text encoders"
+    "Parameters of the text encoders"
     one = lambda d, n, v, p: (v + a.tokens)*d + n*(12*d*d + 13*d) + 2*d + d*p
-    return sum(one(*t) for t in a.text)
+    return sum(t if isinstance(t, int) else one(*t) for t in a.text)
 
 # %% ../../nbs/03_models/14_counting.ipynb #b9a66932
 @dataclass(frozen=True)
@@ -157,8 +172,9 @@ class Cost:
     peak: float  # GiB alive at most
 
 # %% ../../nbs/03_models/14_counting.ipynb #076ce65c
-def _attention(q, k, v, *args, **kwargs):
-    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, torch.is_grad_enabled())[0]
+def _attention(query, key, value, *args, **kwargs):
+    fused = torch.ops.aten._scaled_dot_product_efficient_attention
+    return fused(query, key, value, None, torch.is_grad_enabled())[0]
 
 @contextmanager
 def fused():
@@ -193,14 +209,27 @@ def count(f, # Makes a tensor from tensors on the meta device
         del out
     return Cost(forward/1e12, live.flops/1e12, held/2**30, live.peak/2**30)
 
+# %% ../../nbs/03_models/14_counting.ipynb #913af0ec
+def _transformer_inputs(a, px, dtype):
+    c, side, made = a.unet, px//a.factor, lambda *s: torch.empty(s, device='meta', dtype=dtype)
+    t = torch.zeros(1, device='meta')
+    more = dict(timestep=t, encoder_hidden_states=made(1, a.reads, c['joint_attention_dim']),
+                pooled_projections=made(1, c['pooled_projection_dim']))
+    if a.kind.startswith('SD3'): return (made(1, c['in_channels'], side, side),), more
+    n = (side//2)**2
+    places = dict(img_ids=made(n, 3), txt_ids=made(a.reads, 3))
+    if c['guidance_embeds']: places['guidance'] = t
+    return (made(1, n, c['in_channels']),), more | places
+
 # %% ../../nbs/03_models/14_counting.ipynb #0d1edfac
 def _unet(a, dtype):
-    from diffusers import UNet2DConditionModel
-    with torch.device('meta'): net = UNet2DConditionModel.from_config(a.unet)
+    import diffusers
+    with torch.device('meta'): net = getattr(diffusers, a.kind).from_config(a.unet)
     for p in net.parameters(): p.data = p.data.to(dtype)
     return net.requires_grad_(False)
 
 def _unet_inputs(a, px, dtype):
+    if not a.kind.startswith('UNet'): return _transformer_inputs(a, px, dtype)
     u, made = a.unet, lambda *s: torch.empty(s, device='meta', dtype=dtype)
     added = None
     if a.xl:
@@ -216,7 +245,7 @@ def picture_side(model:str, # As for `anatomy`
                 )->int: # ValueError unless the autoencoder can make it
     "Side of the pictures in pixels"
     a = anatomy(model)
-    if px is None: px = a.unet['sample_size']*a.factor
+    if px is None: px = a.unet.get('sample_size', 128)*a.factor
     if 0 < px <= 16_384 and px % a.factor == 0: return px
     raise ValueError(f'px: expected a multiple of {a.factor} pixels up to 16,384, found {px:,}')
 
