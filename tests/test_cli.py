@@ -112,8 +112,8 @@ bad = {
     'no sampler steps': ('sample --model {xl} --out {out} --S 0', 'S: expected'),
     'guidance below one': ('sample --model {xl} --out {out} --guidance .5', 'guidance: expected'),
     'sample of an empty file': ('sample --model {xl} --out {out} --prompts {tmp}/empty', 'no prompt'),
-    'no such LoRA': ('sample --model {xl} --out {out} --n 1 --S 1 --lora {tmp}/nothing', 'LoRA: expected'),
-    'a folder without LoRA': ('evaluate --model {xl} --reward checker --n 1 --lora {tmp}', 'LoRA: expected'),
+    'no such LoRA': ('sample --model {xl} --out {out} --n 1 --S 1 --lora {tmp}/nothing', 'lora: expected'),
+    'a folder without LoRA': ('evaluate --model {xl} --reward checker --n 1 --lora {tmp}', 'lora: expected'),
     'nothing to evaluate': ('evaluate --model {xl} --reward checker --n 0', 'n: expected'),
     'no steps to evaluate': ('evaluate --model {xl} --reward checker --n 2 --S 0', 'S: expected')}
 
