@@ -69,6 +69,8 @@ def test_outputs_are_saved(path):
         assert o['output_type'] != 'error', f"saved with an error: {src}"
         assert o.get('name') != 'stderr', f"saved with standard error: {src}"
         assert widget not in o.get('data', {}), f"saved with a widget: {src}"
+        said = ''.join(o.get('data', {}).get('text/plain', ''))
+        assert not re.match(r'\w+\(children=', said), f"saved with the code of a widget: {src}"
     plots = [s for s in code(nb) if re.search(r'^[^#\n]*\bplt\.subplots\(', s, re.M)
              and not directive('exports?|exporti|hide|slow|cuda|eval', s)]
     assert pictures(nb) or not plots, f"no picture is saved: run make notebooks NB={path.relative_to(root)}"

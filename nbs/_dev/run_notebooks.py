@@ -30,7 +30,8 @@ def tidy_output(o):
     if o['output_type'] == 'stream':
         text = '' if o['name'] == 'stderr' else tidy_stream(o['text'])
         return {**o, 'text': text.splitlines(True)} if text.strip() else None
-    data = {k: v for k, v in o['data'].items() if k != widget_view}
+    if widget_view in o['data']: return None           # its text is the code of a widget
+    data = dict(o['data'])
     if 'image/png' in data: data['image/png'] = smaller_png(data['image/png'])
     return {**o, 'data': data} if data else None
 
