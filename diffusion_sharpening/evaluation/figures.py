@@ -92,7 +92,9 @@ def curve(log:list, # Rows with `step`, `reward` and `best`; `held-out/…` and 
     heights = [3, 2] if watched else [3]
     fig = Figure(figsize=(5, sum(heights)), layout='constrained')
     axs = fig.subplots(len(heights), squeeze=False, sharex=True, height_ratios=heights)[:, 0]
-    draw_log(axs[0], log, dict(reward='mean of candidates', best='best of each prompt'))
+    # the parts of a mixture are compared within each prompt, so that the mean of their sum is 0 for ever
+    parts = {k: k.partition('/')[2] for r in log for k in r if k.startswith('part/')}
+    draw_log(axs[0], log, parts or dict(reward='mean of candidates', best='best of each prompt'))
     axs[0].set(ylabel='reward', title='Reward on the training prompts')
     if watched:
         draw_log(axs[1], log, {k: _label(k) for k in watched})

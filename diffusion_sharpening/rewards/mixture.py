@@ -74,6 +74,7 @@ class Mixture(Reward):
         weights:list # Their weights
     ):
         self.rewards, self.weights = rewards, torch.tensor(weights, dtype=torch.float32)
+        self.heard = {}                     # of the candidates compared last: name → mean score
         self.name = '+'.join(r.name for r in rewards)
         self.differentiable = all(r.differentiable for r in rewards)
         self.may_fail = any(r.may_fail for r in rewards)
@@ -103,6 +104,7 @@ def group_scores(
     def one(r): return r(flat, many).view(lead).to(images.device)
     if not isinstance(reward, Mixture): return neutral(one(reward))
     R = torch.stack([one(r) for r in reward.rewards])
+    reward.heard = {r.name: o.nanmean().item() for r, o in zip(reward.rewards, R)}
     return neutral(combine(R, reward.weights, getattr(reward, 'how', 'zscore')))
 
 # %% ../../nbs/04_rewards/14_mixture.ipynb #2465ac85

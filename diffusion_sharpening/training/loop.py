@@ -236,7 +236,8 @@ def one_batch(s:State):
     s.k += 1
     counts = dict(nfe=s.meter.nfe*s.world, nfe_learning=(s.meter.nfe - chosen)*s.world)
     s.nfe, s.meter = s.nfe + counts['nfe'], Meter(s.model)
-    s.log = finite(dict(step=s.k, **stats, **counts, skipped=s.skipped))
+    parts = {f'part/{k}': v for k, v in getattr(s.judge, 'heard', {}).items()}
+    s.log = finite(dict(step=s.k, **stats, **parts, **counts, skipped=s.skipped))
     s.history.append(s.log)
     s.whole = True
 
