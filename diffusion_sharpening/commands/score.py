@@ -213,10 +213,13 @@ def _work(reward, images, todo, out, batch, device, n):
 def score(
     reward:str='clip', # Reward: as for `train`
     images:str='', # Folder of pictures
-    prompts:str='', # A file (txt, jsonl, csv, …; FILE:COLUMN) or hf:owner/name; a column file names pictures
+    prompts:str='', # File (txt, jsonl, csv, …; FILE:COLUMN) or hf:owner/name; none: prompts.jsonl beside them
     out:str='scores', # Folder for scores.json, scores.csv and a journal; the same call goes on after a stop
     batch:int=16 # Pictures at once
 )->dict: # The summary
     "Score the pictures of a folder"
-    if not images or not prompts: raise ValueError('score: expected --images FOLDER and --prompts FILE')
+    beside = Path(images)/'prompts.jsonl'                        # as `sample` writes it
+    if images and not prompts and beside.is_file(): prompts = str(beside)
+    gone = [o for o, there in (('--images FOLDER', images), ('--prompts FILE', prompts)) if not there]
+    if gone: raise ValueError(f'score: expected {" and ".join(gone)}')
     return score_folder(reward, images, prompts, out, batch)
