@@ -346,7 +346,7 @@ def test_refusal_in_a_real_process(xl, tmp_path):
     "Nothing but the one line, also from the libraries below"
     res = sharpen('sample', '--model', xl, '--out', tmp_path/'out', '--n', 1, '--S', 1, '--lora', tmp_path)
     assert res.returncode == 2 and res.stdout == '' and not (tmp_path/'out').exists()
-    one_line(res.stderr, 'lora: expected the folder')
+    one_line(res.stderr, f'lora: expected pytorch_lora_weights.safetensors in {tmp_path}')
 
 
 # On the embedded model
