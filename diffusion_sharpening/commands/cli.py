@@ -201,8 +201,8 @@ def usage()->str:
 
 # %% ../../nbs/13_commands/16_cli.ipynb #f9aabe50
 def settings_of(a:dict # Parsed arguments; `config`, `set` and `steps` are taken out
-               )->dict: # ValueError for a setting that is an option of its own
-    "Settings of the method and the run: those of the file, `--steps`, then `--set`"
+               )->dict: # ValueError for two numbers of steps
+    "Settings of the method and the run: those of the file, then `--steps` and `--set`"
     file, pairs = a.pop('config', None), a.pop('set', [])
     typed, more = dict(steps=a.pop('steps')) if 'steps' in a else {}, parse_settings(pairs)
     twice = [k for k in more if typed and k in ('steps', 'run.steps')]

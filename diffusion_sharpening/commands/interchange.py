@@ -15,7 +15,7 @@ from .card import hub_name, model_card, redact
 from ..models.lora import lora_file, merge_file, read_lora, write_lora
 from ..basics.words import one_of
 from ..models.counting import anatomy
-from ..worlds.world import model_path
+from ..worlds.world import loader_of, model_path
 from ..basics.seeds import START, noise
 from ..training.folder import describe, sums
 
@@ -55,7 +55,7 @@ def _write(weights, file, meta):
 # %% ../../nbs/13_commands/01_interchange.ipynb #f61b5bfe
 def _model_of(model):  # Is it SDXL? `layers_per_block`, from a config alone
     a = anatomy(model_path(model))
-    if not a.kind.startswith('UNet'):
+    if not a.has_unet:
         raise ValueError("model: expected one with a U-Net, whose layers kohya's layout names; "
                          f'{model} has a {a.kind}')
     return a.xl, a.unet.get('layers_per_block', 2)
@@ -216,9 +216,8 @@ def _copy(source, file): # Whole or not at all
     return file
 
 # %% ../../nbs/13_commands/01_interchange.ipynb #fa708738
-def _has_unet(model): # kohya's layout names the layers of a U-Net; a name that is not here counts as one
-    folder = Path(model_path(model))
-    return (folder/'unet').is_dir() or not folder.is_dir()
+def _has_unet(model): # kohya's layout names the layers of one
+    return not loader_of(model) and anatomy(model_path(model)).has_unet
 
 # %% ../../nbs/13_commands/01_interchange.ipynb #220b384e
 def _gather(run_dir, repo, dir): # All that is uploaded

@@ -14,7 +14,7 @@ from ..basics.files import read_json
 from ..models.denoiser import Denoiser
 from ..models.counting import ALIASES
 from ..models.lora import lora_file, merge_file
-from ..training.folder import describe, read_run
+from ..training.folder import describe, read_run, resuming
 from ..training.run import settings
 from ..worlds.world import WORLDS, model_path, usual_guidance, world_of
 
@@ -96,7 +96,7 @@ def check_lora(lora # Folder of a run, or any LoRA
     what = describe(path)
     more = f'; it holds {what}' if what else ''
     if what and 'stopped' in what:
-        more += f": go on with sharpen train {read_run(path)['method']} --resume {path}"
+        more += f": go on with {resuming(read_run(path)['method'], path)}"
     if (path/'model').is_dir(): more += f': every weight was trained; --model {path}/model'
     raise ValueError(f'lora: expected {lora_file} in {path}, found none{more}')
 

@@ -11,6 +11,11 @@ from pathlib import Path
 from ..basics.files import read_json
 from ..basics.words import brief
 
+# %% ../../nbs/13_commands/04_options.ipynb #7625611b
+def _text(pair, value): # A value that is no JSON; ValueError where it looks like several settings
+    if not re.match(r'[^,]*,\w+=', value): return value
+    raise ValueError(f'--set: expected spaces between settings, found {brief(pair)}')
+
 # %% ../../nbs/13_commands/04_options.ipynb #8b47e832
 def parse_settings(pairs:list # `key=value` texts
                   )->dict: # ValueError for a text without `=`
@@ -21,9 +26,7 @@ def parse_settings(pairs:list # `key=value` texts
         if not eq or not k: raise ValueError(f'--set: expected key=value, found {brief(p)}')
         if k in out: raise ValueError(f'--set: expected one value of {brief(k)}, found it twice')
         try: out[k] = json.loads(f'0{v}' if v[:1] == '.' else v)
-        except (ValueError, RecursionError): out[k] = v
-        if out[k] == v and re.match(r'[^,]*,\w+=', v):
-            raise ValueError(f'--set: expected spaces between settings, found {brief(p)}')
+        except (ValueError, RecursionError): out[k] = _text(p, v)
     return out
 
 # %% ../../nbs/13_commands/04_options.ipynb #9971952f

@@ -17,6 +17,7 @@ from ..basics.texts import hidden, lines_of
 from ..data.archives import listed
 from ..data.tables import FILES, column, files_of, parse_source, table, text_in
 from ..names.catalog import load_reward
+from ..rewards.mixture import part_names
 
 # %% ../../nbs/13_commands/02_score.ipynb #4f7984ad
 def list_images(folder # With pictures
@@ -120,11 +121,6 @@ def open_journal(path, # `scores.jsonl`, which need not exist
     what = f'{found!r}, not {label!r}' if found != label else f'{label!r} from before it was changed'
     raise ValueError(f'out: {path.parent} holds scores of {what}; choose another folder')
 
-# %% ../../nbs/13_commands/02_score.ipynb #a0ec8799
-def _names(parts): # A column for each part, numbered where names repeat
-    names = [r.name for r in parts]
-    return [n if names.count(n) == 1 else f'{n} {i+1}' for i, n in enumerate(names)]
-
 # %% ../../nbs/13_commands/02_score.ipynb #09b4dc04
 def _rows(reward, folder, todo, device): # Finished rows of one batch
     images, texts = [read_picture(Path(folder)/f).to(device) for f, _, _ in todo], [p for _, _, p in todo]
@@ -132,7 +128,7 @@ def _rows(reward, folder, todo, device): # Finished rows of one batch
     with torch.no_grad(): scores = [r(images, texts).cpu() for r in parts or [reward]]
     weights = reward.weights.tolist() if parts else [1.]
     total = sum(k*s for k, s in zip(weights, scores))
-    columns = dict(score=total) | dict(zip(_names(parts or []), scores))
+    columns = dict(score=total) | dict(zip(part_names(parts or []), scores))
     rows = [dict(file=f, sum=h, prompt=p) for f, h, p in todo]
     for k, s in columns.items():
         for row, v in zip(rows, s.tolist()): row[k] = None if math.isnan(v) else v

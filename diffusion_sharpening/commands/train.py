@@ -28,7 +28,7 @@ from ..training.advice import advice
 from ..training.callbacks import (
     Alarms, KeepBest, Log, Progress, Timer, Tracker, Validate, WinRate, unlearnt)
 from ..training.folder import (
-    first_process, read_report, read_run, sums, taken, unlearned)
+    first_process, read_report, read_run, resuming, sums, taken, unlearned)
 from ..training.loop import Callback, train as fit
 from ..training.plan import Plan, plan as planned, units_of
 from ..training.record import content, going_on, holds_back, model_content, record
@@ -239,7 +239,7 @@ def stopped(out:Path, # Folder of the run
            )->dict:
     "What is said of a run that was asked to stop"
     print(f'{s.stop}: stopped after batch {s.k} of {s.run.steps}; '
-          f'go on with: sharpen train {method} --resume {out}')
+          f'go on with: {resuming(method, out)}')
     return dict(method=method, stopped=s.stop, batches=s.k, heldout_prompts=0)
 
 # %% ../../nbs/13_commands/09_train.ipynb #b37178fa

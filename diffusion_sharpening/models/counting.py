@@ -37,6 +37,8 @@ class Anatomy:
     @property
     def kind(self): return self.unet.get('_class_name', 'UNet2DConditionModel')
     @property
+    def has_unet(self): return self.kind.startswith('UNet')
+    @property
     def reads(self): # Tokens of a prompt that reach the network: of the CLIP, of CLIP and T5, of T5
         own = dict(SD3Transformer2DModel=self.tokens + 256, FluxTransformer2DModel=512)
         return own.get(self.kind, self.tokens)
@@ -229,7 +231,7 @@ def _unet(a, dtype):
     return net.requires_grad_(False)
 
 def _unet_inputs(a, px, dtype):
-    if not a.kind.startswith('UNet'): return _transformer_inputs(a, px, dtype)
+    if not a.has_unet: return _transformer_inputs(a, px, dtype)
     u, made = a.unet, lambda *s: torch.empty(s, device='meta', dtype=dtype)
     added = None
     if a.xl:
@@ -245,7 +247,7 @@ def picture_side(model:str, # As for `anatomy`
                 )->int: # ValueError unless the autoencoder can make it
     "Side of the pictures in pixels"
     a = anatomy(model)
-    if px is None: px = a.unet.get('sample_size', 128)*a.factor
+    if px is None: px = a.unet.get('sample_size', 128)*a.factor      # the config of FLUX does not say
     if 0 < px <= 16_384 and px % a.factor == 0: return px
     raise ValueError(f'px: expected a multiple of {a.factor} pixels up to 16,384, found {px:,}')
 

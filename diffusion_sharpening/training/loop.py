@@ -232,12 +232,12 @@ def one_batch(s:State):
     s.whole, stats, chosen = False, {}, s.meter.nfe
     if lesson:
         for u in range(s.method.updates): stats = learn(s, lesson, u)
-        stats = s.team.numbers({**lesson.log, **stats})
+        parts = {f'part/{k}': v for k, v in getattr(s.judge, 'heard', {}).items()}
+        stats = s.team.numbers({**lesson.log, **parts, **stats})
     s.k += 1
     counts = dict(nfe=s.meter.nfe*s.world, nfe_learning=(s.meter.nfe - chosen)*s.world)
     s.nfe, s.meter = s.nfe + counts['nfe'], Meter(s.model)
-    parts = {f'part/{k}': v for k, v in getattr(s.judge, 'heard', {}).items()}
-    s.log = finite(dict(step=s.k, **stats, **parts, **counts, skipped=s.skipped))
+    s.log = finite(dict(step=s.k, **stats, **counts, skipped=s.skipped))
     s.history.append(s.log)
     s.whole = True
 

@@ -6,7 +6,6 @@ Everything is timed in turns: a round times each way once, in an order that turn
 median over rounds of the ratio within a round, with a 95 % interval of that median. A busy machine makes the
 interval wide rather than the ratio wrong; the final numbers want a quiet one."""
 import argparse, json, os, resource, statistics, subprocess, sys, tempfile, time
-from contextlib import contextmanager
 from math import comb
 from pathlib import Path
 
@@ -27,8 +26,8 @@ from diffusion_sharpening.methods.catalog import METHODS, find
 from diffusion_sharpening.methods.parts import (
     along_path, begun, candidate_seeds, from_noises, from_prompt, margin_loss, path_error, path_rows, turned)
 from diffusion_sharpening.methods.protocol import noise_columns
-from diffusion_sharpening.models import policies
 from diffusion_sharpening.models.denoiser import Denoiser
+from diffusion_sharpening.models.policies import apart
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.names.catalog import load_reward
 from diffusion_sharpening.rewards.protocol import Reward
@@ -344,14 +343,6 @@ def print_methods(r):
 
 # An adapter multiplied into the weights of narrow layers, or kept apart as peft does it
 
-@contextmanager
-def apart():
-    "Every layer answers as peft does"
-    before = policies._narrow
-    policies._narrow = lambda *_: False
-    try: yield
-    finally: policies._narrow = before
-
 def bench_adapters(folder, batch, repeat):
     "A call without gradients and one with them, and all of a batch of the default rule, in both ways"
     d, _, method = learner(folder, 'rlhf')
@@ -367,7 +358,7 @@ def bench_adapters(folder, batch, repeat):
     for name, f in {'call': plain, 'call with gradients': lambda: d.predict(x, t, c)[0].mean().backward(),
                     'batch of the default rule': taught}.items():
         def peft():
-            with apart(): f()
+            with apart(d.network): f()
         rows = paired(dict(multiplied=f, apart=peft), repeat)
         out[name] = dict(seconds=typical(rows), share=ratio(rows, 'multiplied', 'apart'))
     return dict(rows=batch, repeat=repeat, method=type(method).__name__, arms=out)

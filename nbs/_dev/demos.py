@@ -6,7 +6,7 @@ import argparse, json
 from pathlib import Path
 import torch
 from results import write
-from diffusion_sharpening.basics.stats import over_seeds, shown
+from diffusion_sharpening.basics.stats import numbers, over_seeds, shown
 from diffusion_sharpening.commands.demo import demo
 
 root = Path(__file__).resolve().parents[2]
@@ -16,12 +16,13 @@ def read(path): return json.loads(path.read_text())
 def one(seed):
     "Report and scores of one demo, made unless they are there"
     out = root/'runs'/'demos'/str(seed)
-    if not (out/'report.json').exists(): demo(str(out), seed=seed)
+    if not (out/'report.json').exists() and 'stopped' in demo(str(out), seed=seed):
+        raise SystemExit(f'seed {seed} was stopped; the same command goes on with it')
     return read(out/'report.json'), read(out/'scores.json')
 
 def rows(scores, side, judge):
     "Scores `(seeds, captions)`"
-    return torch.tensor([[float('nan') if v is None else v for v in s[side][judge]] for s in scores])
+    return torch.stack([numbers(s[side][judge]) for s in scores])
 
 def gathered(runs):
     "Before, after and change of every judge over seeds and captions"
