@@ -115,6 +115,14 @@ def test_flops_are_those_of_a_training(folders, layout, name, preset, monkeypatc
     assert planned['F'] > units_of(str(folders/layout), None, Run(rank=8))[0]['reference'].tflop
 
 
+@pytest.mark.parametrize('name, preset', [('sft', 'paper'), ('rlhf', 'contrast')])
+def test_a_plan_of_narrow_layers_is_no_less_than_they_take(folders, name, preset):
+    "Adapters that are multiplied into the weight take a little less than a plan says"
+    changes = small_for(name, preset, layers='linear', rank=8, guidance=1., early=0., late=.5)
+    tflop = total_flops(lambda counter: counted(folders/'sd', name, preset, counter, **changes))/1e12
+    assert tflop < values(plan(str(folders/'sd'), name, preset, **changes))['tflop'] < 1.03*tflop
+
+
 def test_the_evaluation_is_priced(folders):
     d = Denoiser.from_pretrained(folders/'xl', guidance=3., device='cpu')
     e = evaluate(d, PROMPTS, dict(bright=Bright()), S=3)
