@@ -141,7 +141,7 @@ def test_damaged_one_makes_room(tmp_path):
 def test_full_disk_leaves_what_was_saved(tmp_path, monkeypatch):
     save(tmp_path, 1)
     def full(*args): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(C, 'save_file', full)
+    monkeypatch.setattr(C, 'save_tensors', full)
     with pytest.raises(CheckpointError, match='No space left .*what was saved before is untouched'):
         save(tmp_path, 2)
     assert names(tmp_path) == ['step-00000001'] and latest(tmp_path)

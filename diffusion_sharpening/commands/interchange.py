@@ -10,7 +10,7 @@ __all__ = ['LAYOUTS', 'kohya_name', 'to_kohya', 'from_kohya', 'run_report', 'run
 import os, re, shutil, tempfile, torch
 from pathlib import Path
 from ..basics.console import columns
-from ..basics.files import read_json, write_json, write_whole
+from ..basics.files import read_json, save_tensors, write_json, write_whole
 from .card import hub_name, model_card, redact
 from ..models.lora import lora_file, merge_file, read_lora, write_lora
 from ..basics.words import one_of
@@ -45,12 +45,8 @@ def kohya_name(layer:str, # Name of a layer of diffusers' U-Net
 
 # %% ../../nbs/13_commands/01_interchange.ipynb #45c94f5f
 def _write(weights, file, meta):
-    from safetensors.torch import save_file
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as tmp:
-        save_file({k: v.contiguous() for k, v in weights.items()}, f'{tmp}/x', meta)
-        os.replace(f'{tmp}/x', file)
-    return file
+    return save_tensors(file, weights, meta)
 
 # %% ../../nbs/13_commands/01_interchange.ipynb #f61b5bfe
 def _model_of(model):  # Is it SDXL? `layers_per_block`, from a config alone

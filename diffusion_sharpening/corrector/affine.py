@@ -8,8 +8,9 @@ __all__ = ['Affine', 'fit_affine']
 # %% ../../nbs/10_corrector/02_affine.ipynb #a85039ba
 import torch
 from pathlib import Path
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+from ..basics.files import save_tensors
 
 # %% ../../nbs/10_corrector/02_affine.ipynb #a033e477
 class Affine:
@@ -28,8 +29,7 @@ class Affine:
 
     def save(self, path) -> Path:
         "Write both parts"
-        save_file(dict(mean=self.mean.contiguous(), root=self.root.contiguous()), path)
-        return Path(path)
+        return save_tensors(path, dict(mean=self.mean, root=self.root))
 
     @classmethod
     def load(cls, path) -> 'Affine':

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 from ..models.cond import Cond
 from .pictures import Pairs, Size, pair_rows
+from ..basics.files import save_tensors
 from ..basics.seeds import fold
 
 # %% ../../nbs/07_data/04_latents.ipynb #fbe1b6e3
@@ -48,12 +49,10 @@ def _sum(*tensors): return hashlib.sha256(b''.join(_bytes(t).tobytes() for t in 
 # %% ../../nbs/07_data/04_latents.ipynb #e8caff87
 def save_entry(path, z:Tensor, size:Size):
     "Write latents of a picture: all of them or nothing"
-    from safetensors.torch import save_file
     numbers, new = torch.tensor(size), path.with_suffix(f'.{os.getpid()}.new')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(latents=z.contiguous(), size=numbers), new, dict(sha256=_sum(z, numbers)))
-        os.replace(new, path)
+        os.replace(save_tensors(new, dict(latents=z, size=numbers), dict(sha256=_sum(z, numbers))), path)
     except Exception as e: raise ValueError(f'pictures: cannot write latents to {path.parent}: {e}') from None
 
 # %% ../../nbs/07_data/04_latents.ipynb #2d8e7679

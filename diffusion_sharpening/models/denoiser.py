@@ -10,6 +10,7 @@ import math, torch, warnings
 from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor
+from ..basics.files import as_new_files
 from .vae import decoded, encoded, keep_in_range
 from .cond import Cond, Features
 from .families import family_of
@@ -309,7 +310,7 @@ def save_pipeline(self:Denoiser,
         raise ValueError('save_pipeline: the text encoders were freed; they are part of a pipeline')
     if self.policies.carried or self.named and not self.full:
         raise ValueError('save_pipeline: there are adapters; use save_lora')
-    self.pipe.save_pretrained(dir)
+    self.pipe.save_pretrained(dir); as_new_files(dir)
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #3e6a3815
 @patch

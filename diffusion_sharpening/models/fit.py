@@ -7,14 +7,10 @@ __all__ = ['cosine_lr', 'trapezoid_lr', 'kept', 'picks', 'fit']
 
 # %% ../../nbs/03_models/15_fit.ipynb #557a80d7
 from pathlib import Path
+import json, math, time, torch
 from safetensors.torch import load_file
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
-import json
-import math
-import os
-import time
-import torch
+from ..basics.files import save_tensors
 from .muon import adamw
 
 # %% ../../nbs/03_models/15_fit.ipynb #c12bdeb7
@@ -57,7 +53,7 @@ def _restore(path, net, ema, opts):
     return int(st['step'])
 
 def _save(path, st):
-    tmp = Path(f'{path}.tmp'); save_file(st, tmp); os.replace(tmp, path)
+    save_tensors(path, st)
 
 # %% ../../nbs/03_models/15_fit.ipynb #4302647b
 def kept(path, # A safetensors file

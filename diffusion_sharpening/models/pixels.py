@@ -10,7 +10,7 @@ import torch
 from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor, nn
-from ..basics.files import read_json, write_json
+from ..basics.files import read_json, save_tensors, write_json
 from ..maths.samplers import flow_grid
 from ..maths.schedules import Flow
 from .cond import Cond
@@ -124,11 +124,9 @@ def save(self:PixelFlow,
     folder # Made if needed
 ) -> Path: # The folder
     "Write the sizes and the weights that are in use"
-    from safetensors.torch import save_file
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in self.policies.net.state_dict().items()},
-              folder/'model.safetensors')
+    save_tensors(folder/'model.safetensors', self.policies.net.state_dict())
     write_json(folder/'config.json', dict(item=self.item, **self.sizes))
     return folder
 

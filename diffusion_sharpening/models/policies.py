@@ -14,6 +14,7 @@ from inspect import signature
 from pathlib import Path
 from torch import Tensor
 from torch.nn.functional import linear
+from ..basics.files import as_new_files
 from ..basics.words import one_of
 from .lora import lora_file, read_lora
 
@@ -255,7 +256,7 @@ def save_lora(self:Policies,
         part = 'unet' if 'unet_lora_layers' in takes else 'transformer'
         pipeline.save_lora_weights(tmp, **{f'{part}_lora_layers': weights,
                                            f'{part}_lora_adapter_metadata': meta})
-        os.replace(f'{tmp}/{lora_file}', dir/lora_file)
+        os.replace(as_new_files(tmp)/lora_file, dir/lora_file)
     return dir/lora_file
 
 # %% ../../nbs/03_models/06_policies.ipynb #f12950ae

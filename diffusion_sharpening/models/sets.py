@@ -8,9 +8,9 @@ __all__ = ['SelfAttention', 'Wide', 'MLP', 'Block', 'waves', 'SetTransformer', '
 # %% ../../nbs/03_models/18_sets.ipynb #230b461c
 import math, torch, torch.nn.functional as F
 from pathlib import Path
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from ..basics.files import read_json, write_json
+from ..basics.files import read_json, save_tensors, write_json
 
 # %% ../../nbs/03_models/18_sets.ipynb #c666c6c1
 class SelfAttention(nn.Module):
@@ -117,8 +117,7 @@ def save_network(net:SetTransformer,
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder/'config.json', net.config)
-    save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()},
-              folder/'model.safetensors')
+    save_tensors(folder/'model.safetensors', net.state_dict())
 
 # %% ../../nbs/03_models/18_sets.ipynb #16c18024
 def load_network(folder # With `config.json` and `model.safetensors`

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from .protocol import Reward, as_images
 from .clip import find_clip, load_clip
-from ..basics.files import digest
+from ..basics.files import digest, save_tensors
 from .files import fetch, read_state
 
 # %% ../../nbs/04_rewards/05_aesthetic.ipynb #027c5fd5
@@ -101,7 +101,6 @@ def fit_aesthetic(
     ridge:float=1e-4 # λ
 ) -> Aesthetic: # The reward, loaded from the folder
     "Fit a head to rated pictures"
-    from safetensors.torch import save_file
     f, y = load_clip(tower, 'aesthetic'), torch.as_tensor(ratings, dtype=torch.float64)
     if len(images) != len(y) or len(y) < 2:
         raise ValueError(f'aesthetic: expected one rating per picture and at least two, '
@@ -112,7 +111,7 @@ def fit_aesthetic(
     w = torch.linalg.solve(c.T@c + ridge*len(y)*torch.eye(len(m), dtype=m.dtype), c.T@(y - y.mean()))
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     head = dict(weight=w[None].float(), bias=(y.mean() - m@w)[None].float())
-    save_file(head, folder/'aesthetic.safetensors')
+    save_tensors(folder/'aesthetic.safetensors', head)
     where = os.path.relpath(tower, folder) if Path(tower).is_dir() else str(tower)
     note = dict(tower=where, ridge=ridge, n=len(y), r2=1 - ((y - y.mean() - c@w).var()/y.var()).item())
     if Path(tower).is_dir(): note['sha256'] = digest(find_clip(tower, 'aesthetic')[2])

@@ -10,6 +10,7 @@ __all__ = ['read_pairs', 'ranked', 'opened', 'split_pairs', 'Judge', 'Scorer', '
 import itertools, json, math, random, re, tempfile, torch, torch.nn.functional as F
 from pathlib import Path
 from torch import Tensor, nn
+from ..basics.files import save_tensors
 from ..basics.pictures import read_picture
 from ..basics.texts import lines_of
 from ..models.fit import fit, picks
@@ -203,14 +204,12 @@ def save_preference(folder, # Written
                     note:dict # For `preference.json`
                    )->Path:
     "Write a preference model"
-    from safetensors.torch import save_file
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     both = dict(model_cfg=find_clip(source, 'preference')[1], preprocess_cfg=tower.cfg)
     (folder/'open_clip_config.json').write_text(json.dumps(both, indent=1))
     if hasattr(tower.tok, 'tokenizer'): tower.tok.tokenizer.save_pretrained(folder)
     for file, m in (('open_clip_model', net.clip), ('preference', net.judge)):
-        state = {k: v.detach().contiguous().clone() for k, v in m.state_dict().items()}
-        save_file(state, folder/f'{file}.safetensors')
+        save_tensors(folder/f'{file}.safetensors', {k: v.clone() for k, v in m.state_dict().items()})
     (folder/'preference.json').write_text(json.dumps(note, indent=1))
     return folder
 

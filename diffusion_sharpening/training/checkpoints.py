@@ -10,9 +10,9 @@ __all__ = ['CheckpointError', 'manifest', 'verify', 'checkpoints', 'load_checkpo
 import hashlib, json, os, re, shutil, torch
 from functools import lru_cache
 from pathlib import Path
-from ..basics.files import digest, read_json
+from ..basics.files import digest, read_json, save_tensors
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 # %% ../../nbs/12_training/04_checkpoints.ipynb #2f7a281c
 class CheckpointError(ValueError):
@@ -110,7 +110,7 @@ def _flush(path): # Wait until the disk has it
 
 def _write(dir, tensors, record):
     for stem, ts in tensors.items():
-        save_file({k: t.detach().cpu().contiguous() for k, t in ts.items()}, dir/f'{stem}.safetensors')
+        save_tensors(dir/f'{stem}.safetensors', ts)
     (dir/'record.json').write_text(json.dumps(record, allow_nan=False))
     for p in dir.iterdir(): _flush(p)
     (dir/'manifest.json').write_text(json.dumps(manifest(dir), indent=1))
@@ -137,8 +137,8 @@ def _is_whole(path):
     return True
 
 # %% ../../nbs/12_training/04_checkpoints.ipynb #d184f3f1
-# `.tmp…` is what safetensors writes before it gives a file its name
-_own = re.compile(r'manifest\.json|record\.json|\w+\.safetensors|\.tmp\w+')
+# What begins with a dot is written before a file gets its name, by `save_tensors` and by safetensors
+_own = re.compile(r'manifest\.json|record\.json|\w+\.safetensors|\.\w+\.safetensors\.part|\.tmp\w+')
 
 def _clear(dir): # Remove the files of a checkpoint and their folder, unless something else is in it
     inside = sorted(dir.iterdir())

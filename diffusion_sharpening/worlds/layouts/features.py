@@ -8,8 +8,9 @@ __all__ = ['in_order', 'FeatureNet', 'feature_loss', 'train_features', 'load_fea
 # %% ../../../nbs/05_worlds/layouts/08_features.ipynb #11dad326
 import torch, torch.nn.functional as F
 from pathlib import Path
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from ...basics.files import save_tensors
 from ...maths.distances import frechet
 from ...models.fit import fit, kept, picks
 from .grammar import LABELS, SLOTS, pages
@@ -81,7 +82,7 @@ def train_features(work, # Folder of the run: state file and log
     torch.manual_seed(seed)
     net = fit(FeatureNet(), feature_loss(x, seed=seed), steps, 1e-3, work/'features.state',
               log=work/'features.jsonl', save_every=500)
-    save_file({k: v.contiguous() for k, v in net.state_dict().items()}, out/'features.safetensors')
+    save_tensors(out/'features.safetensors', net.state_dict())
     return net
 
 # %% ../../../nbs/05_worlds/layouts/08_features.ipynb #87850797

@@ -8,8 +8,9 @@ __all__ = ['real_graphs', 'save_graphs', 'load_graphs', 'split_of', 'drawn', 'mo
 # %% ../../../nbs/05_worlds/molecules/05_data.ipynb #68c3b542
 import random, torch
 from pathlib import Path
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+from ...basics.files import save_tensors
 from .bonds import bond_orders, molecule_stable
 from .graphs import parts_of
 from .items import ANY, held_out, prompt_of
@@ -32,7 +33,7 @@ def save_graphs(
 ):
     "Write `graphs.safetensors`"
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_file(dict(graphs=graphs.contiguous()), Path(folder)/'graphs.safetensors')
+    save_tensors(Path(folder)/'graphs.safetensors', dict(graphs=graphs))
 
 # %% ../../../nbs/05_worlds/molecules/05_data.ipynb #3954d236
 def load_graphs(

@@ -10,8 +10,8 @@ import json, random
 from dataclasses import replace
 from pathlib import Path
 import torch, torch.nn.functional as F
-from ...models.fit import fit
-from ...models.fit import picks
+from ...basics.files import save_tensors
+from ...models.fit import fit, picks
 from .base import to_unit
 from .draw import (
     COLOURS, NON_SPATIAL, SHAPES, SIZES, SPATIAL, TEXTURES, Spec, held_out, parse)
@@ -144,10 +144,9 @@ def train_clip(ims:torch.Tensor, # uint8 pictures `(n, 3, 64, 64)`
               ): # The trained model
     "Train the small CLIP"
     import open_clip
-    from safetensors.torch import save_file
     out = Path(work)/'shapes-clip'; net = new_clip(out)
     tok = open_clip.get_tokenizer(f'local-dir:{out.resolve()}')
     fit(net, clip_loss(ims, recon, texts, tok), steps, 1e-3, Path(work)/'clip.state', decay=.998,
         log=Path(work)/'clip.jsonl')
-    save_file({n: p.contiguous() for n, p in net.state_dict().items()}, out/'open_clip_model.safetensors')
+    save_tensors(out/'open_clip_model.safetensors', net.state_dict())
     return net.eval()

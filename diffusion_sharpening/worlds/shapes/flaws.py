@@ -9,13 +9,13 @@ __all__ = ['missed', 'near_pictures', 'remade', 'Flaws', 'flaws_loss', 'flaws', 
 import random, torch, torch.nn.functional as F
 from dataclasses import dataclass
 from pathlib import Path
+from ...basics.files import save_tensors
 from ...models.denoiser import Denoiser
 from ...maths.schedules import add_noise
 from ...basics.seeds import START, noise
 from ...maths.rollout import rollout
 from .clip import both_ways, near_miss, new_clip, reconstruct
-from ...models.fit import fit, kept
-from ...models.fit import picks
+from ...models.fit import fit, kept, picks
 from .base import to_unit
 from .draw import Spec, held_out, parse, picture
 
@@ -134,12 +134,12 @@ def train_on_flaws(clip, # Folder of the CLIP after its first training, which is
                   ): # The trained model
     "Train the small CLIP further"
     import open_clip
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
     clip = Path(clip); file, first = clip/'open_clip_model.safetensors', Path(work)/'clip-first.safetensors'
     if not first.exists(): first.write_bytes(file.read_bytes())
     net, tok = new_clip(clip), open_clip.get_tokenizer(f'local-dir:{clip.resolve()}')
     net.load_state_dict(load_file(first))
     fit(net, flaws_loss(data, tok), steps, 6e-4, Path(work)/'clip-flaws.state', decay=.998,
         log=Path(work)/'clip-flaws.jsonl')
-    save_file({n: p.contiguous() for n, p in net.state_dict().items()}, file)
+    save_tensors(file, net.state_dict())
     return net.eval()
