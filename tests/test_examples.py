@@ -48,6 +48,23 @@ PAGES = {'README.md': fenced((root/'README.md').read_text(encoding='utf-8')),
          **pages()}
 
 
+def named_options():
+    "Notebook, command and option of every `sharpen` that is mentioned in a text"
+    for p in sorted((root/'nbs').rglob('*.ipynb')):
+        if any(o[0] in '._' for o in p.relative_to(root/'nbs').parts): continue
+        for c in json.loads(p.read_text(encoding='utf-8'))['cells']:
+            for name, rest in re.findall(r'\bsharpen ([a-z][a-z-]+)((?: [^`\n]*)?)', ''.join(c['source'])):
+                options = re.findall(r' (--[\w-]+)', rest) if name in cli.COMMANDS else []
+                yield from ((p.name, name, o) for o in options)
+
+
+def test_options_that_a_text_names_exist(capsys):
+    found = set(named_options())
+    assert len(found) > 100
+    helps = {name: cli.run([name, '--help']) or capsys.readouterr().out for name in cli.COMMANDS}
+    assert not [o for o in found if not re.search(rf'{o[2]}\b', helps[o[1]])]
+
+
 def known(argv):
     "Settings of the method that a command line trains"
     if ':' in argv[1]: return {'n', 'S', 'batch', 'rank'}      # the page's own method

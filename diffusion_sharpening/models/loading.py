@@ -10,6 +10,7 @@ __all__ = ['PADDING', 'CONFIGS', 'TIMES', 'dtype_of', 'broken_weights', 'variant
 import importlib, math, torch
 from pathlib import Path
 from ..basics.files import read_json
+from ..basics.hub import hub, reachable
 from ..basics.words import brief, one_of
 
 # %% ../../nbs/03_models/09_loading.ipynb #21ca362e
@@ -39,8 +40,9 @@ def _load_error(name, e, part=''):  # One line for whatever kept diffusers from 
                           'downloaded to its end?')
     why = (str(e).strip() or type(e).__name__).splitlines()[0]
     if Path(name).exists(): return ValueError(f'model: {name} does not load as a diffusers model: {why}')
+    gives = f'the Hub gives {type(e).__name__}' if reachable() else 'there is no way to the Hub from here'
     return ValueError(f'model: expected a folder or a model on the Hugging Face Hub; no folder {name}, '
-                      f'and the Hub gives {type(e).__name__}. With a network, run: hf download {name}')
+                      f'and {gives}. With a network, run: hf download {name}')
 
 # %% ../../nbs/03_models/09_loading.ipynb #4dc055ab
 def variant_of(
@@ -70,8 +72,9 @@ def load_part(
     "Load one network of a pipeline, with all its weights and no others"
     if Path(name).is_dir(): variant = variant_of(Path(name)/part, variant)
     try:
-        net, info = kind.from_pretrained(str(name), subfolder=part, dtype=dtype, variant=variant,
-                                         use_safetensors=True, output_loading_info=True)
+        with hub(name):
+            net, info = kind.from_pretrained(str(name), subfolder=part, dtype=dtype, variant=variant,
+                                             use_safetensors=True, output_loading_info=True)
     except Exception as e: raise _load_error(str(name), e, part) from None
     for what, keys in (('lacks', info['missing_keys']), ('has unknown', info['unexpected_keys'])):
         if keys:
@@ -82,7 +85,8 @@ def load_part(
 # %% ../../nbs/03_models/09_loading.ipynb #47048cee
 def _index(name):  # What `model_index.json` says
     from diffusers import DiffusionPipeline
-    try: return DiffusionPipeline.load_config(str(name))
+    try:
+        with hub(name): return DiffusionPipeline.load_config(str(name))
     except Exception as e: raise _load_error(str(name), e) from None
 
 def _networks(index):  # Part → class of every network that makes pictures
@@ -188,8 +192,9 @@ def load_pipeline(
     network = 'unet' if 'unet' in parts else 'transformer'
     if Path(name).is_dir(): variant = variant_of(Path(name)/network, variant)
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(name), dtype=dtype, variant=variant,
-                                                 use_safetensors=True, **parts)
+        with hub(name):
+            pipe = DiffusionPipeline.from_pretrained(str(name), dtype=dtype, variant=variant,
+                                                     use_safetensors=True, **parts)
     except Exception as e: raise _load_error(str(name), e) from None
     for k, tok in pipe.components.items():
         enc = pipe.components.get(k.replace('tokenizer', 'text_encoder'))
@@ -209,7 +214,8 @@ def load_vae(
     from diffusers import AutoModel
     variant = variant_of(name) if Path(name).is_dir() else None
     try:
-        vae = AutoModel.from_pretrained(str(name), dtype=dtype, variant=variant, use_safetensors=True)
+        with hub(name):
+            vae = AutoModel.from_pretrained(str(name), dtype=dtype, variant=variant, use_safetensors=True)
         lack = [k for k, w in vae.state_dict().items() if w.is_meta]
         if lack: raise ValueError(f'lacks {len(lack)} weights, the first {lack[0]}')
         return in_precision(vae, dtype).requires_grad_(False).eval()

@@ -12,6 +12,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 from fastcore.basics import patch
 from torch import Tensor
+from ..basics.hub import hub
 from .protocol import Reward
 from .files import hub_error, local_path, read_state, strict_load
 
@@ -114,7 +115,8 @@ def find_clip(which:str, # A folder, `model/weights` or `model/path`
     if bool(tag.get('quick_gelu')) != bool(model.get('quick_gelu')):
         right = arch.removesuffix('-quickgelu') + ('-quickgelu' if tag.get('quick_gelu') else '')
         raise ValueError(f'{name}: {rest} and {arch} differ in their activation; ask for {right}/{rest}')
-    try: return arch, model, Path(open_clip.download_pretrained(tag)), tag
+    try:
+        with hub(): return arch, model, Path(open_clip.download_pretrained(tag)), tag
     except Exception as e:
         raise hub_error(e, (tag.get('hf_hub') or tag['url']).rstrip('/'), '', name) from None
 

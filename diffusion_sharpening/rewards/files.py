@@ -9,6 +9,7 @@ __all__ = ['local_path', 'hub_error', 'fetch', 'read_state', 'strict_load', 'pre
 import re, torch
 from pathlib import Path
 from torch import nn
+from ..basics.hub import hub
 
 # %% ../../nbs/04_rewards/02_files.ipynb #7c39df7c
 def local_path(which, # Path of a file or folder, or a hub id `owner/name`
@@ -32,7 +33,7 @@ def hub_error(e:Exception, # What `huggingface_hub` or `transformers` raised
     seen, get = [], f'hf download {repo} {filename}'.strip()
     while e and e not in seen: seen.append(e); e = e.__cause__ or e.__context__
     def was(*kinds): return any(isinstance(o, kinds) for o in seen)
-    what = f'{filename} of {repo}' if filename else repo
+    what = f'{filename} of {repo}' if filename and filename[0] != '-' else repo
     if was(hub.GatedRepoError): why = f'accept its terms at huggingface.co/{repo}, then run: hf auth login'
     elif was(hub.RepositoryNotFoundError): why = 'no such repository, or a private one: hf auth login'
     elif was(hub.RemoteEntryNotFoundError): why = f'no such file there: see https://huggingface.co/{repo}'
@@ -50,7 +51,8 @@ def fetch(repo, # Path of a file, a folder that holds `filename`, or a hub id
     path = local_path(repo, name)
     if path is None:
         from huggingface_hub import hf_hub_download
-        try: return Path(hf_hub_download(repo, filename))
+        try:
+            with hub(): return Path(hf_hub_download(repo, filename))
         except Exception as e: raise hub_error(e, repo, filename, name) from None
     if path.is_file(): return path
     if (path/filename).is_file(): return path/filename
@@ -119,8 +121,10 @@ def pretrained(cls, # A model, tokenizer, processor or config class of transform
     where, want = str(path or which), getattr(getattr(cls, 'config_class', cls), 'model_type', '')
     if model: kwargs = dict(dtype=torch.float32, output_loading_info=True) | kwargs
     try:
-        kind = want and PreTrainedConfig.get_config_dict(where)[0].get('model_type', 'no such configuration')
-        made = cls.from_pretrained(where, **kwargs) if kind == want else None
+        with hub(where):
+            named = want and PreTrainedConfig.get_config_dict(where)[0]
+            kind = want and named.get('model_type', 'no such configuration')
+            made = cls.from_pretrained(where, **kwargs) if kind == want else None
     except Exception as e:
         if path is None: raise hub_error(e, which, '', name) from None
         raise ValueError(f'{name}: {path} holds no whole {cls.__name__} ({type(e).__name__}: '

@@ -12,6 +12,7 @@ import importlib.util, json, os, subprocess, sys, tempfile, types, warnings
 from pathlib import Path
 import torch
 from torch import Tensor, nn
+from ..basics.hub import hub
 from .protocol import Reward
 from .clip import preprocess
 from .files import (
@@ -272,7 +273,8 @@ def three_checkpoints(which, # None: comin/IterComp; or a hub id, or a folder wi
     folder = local_path(which or ITERCOMP, name)
     if folder is None:
         from huggingface_hub import snapshot_download
-        try: folder = Path(snapshot_download(which or ITERCOMP, allow_patterns='reward_models/*'))
+        try:
+            with hub(): folder = Path(snapshot_download(which or ITERCOMP, allow_patterns='reward_models/*'))
         except Exception as e:
             raise hub_error(e, which or ITERCOMP, "--include 'reward_models/*'", name) from None
     if (folder/'reward_models').is_dir(): folder = folder/'reward_models'
