@@ -280,6 +280,7 @@ def test_sample_and_evaluate_with_lora(trained, xl, tmp_path, capsys):
     for other, said in ((model[:2], 'lora '), ([*model, '--seed', '1'], 'seed 0, not 1')):
         with pytest.raises(ValueError, match=f'holds pictures of {said}'):
             cli.run(['sample', *other, '--out', str(out), '--n', '3', '--S', '2'])
+    capsys.readouterr()
     assert cli.run(['evaluate', *model, '--reward', 'checker', '--n', '12', '--S', '2', '--json']) == 0
     rep, after = strict(capsys.readouterr().out), json.loads((trained[0]/'report.json').read_text())['after']
     assert rep['heldout_prompts'] == 12

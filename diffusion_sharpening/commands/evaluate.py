@@ -7,6 +7,7 @@ __all__ = ['evaluate', 'said', 'score_said']
 
 # %% ../../nbs/13_commands/11_evaluate.ipynb #76140b5e
 import warnings
+from ..basics.words import counted
 from ..basics.console import columns, number
 from .heldout import (
     check_judges, heldout_number, judges, prompts_for, trained_on)
@@ -53,7 +54,7 @@ def evaluate(
 def said(rep:dict # From `evaluate`
         )->str:
     "One evaluation as text"
-    head = f"{rep['model']}: {rep['heldout_prompts']} prompts of {rep['prompts']}, "
+    head = f"{rep['model']}: {counted(rep['heldout_prompts'], 'prompt')} of {rep['prompts']}, "
     head += f"{number(rep['nfe_per_image'])} network evaluations per image"
     return f'{head}\nmean [95 % interval]\n{measured_table(rep)}'
 

@@ -10,6 +10,7 @@ __all__ = ['list_images', 'named_prompts', 'read_pairs', 'fingerprints', 'open_j
 import csv, hashlib, io, json, math, os, re, time, torch, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from ..basics.words import counted
 from ..basics.files import write_json, write_whole
 from ..basics.pictures import PICTURES, PictureError, open_picture, read_picture
 from ..basics.stats import interval
@@ -79,7 +80,8 @@ def _say_left(names, pairs, prompts):  # ValueError for a pair that is there twi
     twice = next((p for p in pairs if p in seen or seen.add(p)), None)
     if twice: raise ValueError(f'prompts: {twice[0]} with {twice[1]!r} stands twice in {prompts}')
     left = sorted(set(names) - {os.path.normpath(f) for f, _ in pairs})
-    if left: warnings.warn(f'images: {len(left)} pictures without a prompt are not scored: {listed(left, 3)}')
+    without = counted(len(left), 'picture')
+    if left: warnings.warn(f'images: {without} without a prompt, not scored: {listed(left, 3)}')
 
 # %% ../../nbs/13_commands/02_score.ipynb #467439fa
 def fingerprints(folder, # Of the pictures

@@ -10,6 +10,7 @@ __all__ = ['BEFORE', 'SAME', 'OPTIONS', 'plan', 'check_names', 'depends_on', 'Ke
 import diffusion_sharpening, inspect, time, uuid
 from dataclasses import asdict
 from pathlib import Path
+from ..basics.words import counted
 from ..basics.devices import device_here, device_of
 from ..basics.files import write_json
 from .heldout import default_prompts, heldout_number
@@ -115,7 +116,7 @@ def measured_before(job:Job, at:Path, about:dict, # What is measured; its file; 
                    )->tuple: # `Evaluation`, or None without held-out prompts; callbacks that keep it
     "The evaluation before training, from the folder of the run if it is there"
     if not job.held: return None, []
-    print(f'{len(job.held)} prompts are measured: {job.split}')
+    print(f"measured on {counted(len(job.held), 'prompt')}: {job.split}")
     if known := read_evaluation(at, about):
         print(f'before training: as it was measured ({at.name})')
         new = scored_anew(known, job.exams)

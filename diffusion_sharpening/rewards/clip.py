@@ -12,6 +12,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 from fastcore.basics import patch
 from torch import Tensor
+from ..basics.words import counted
 from ..basics.hub import hub
 from .protocol import Reward
 from .files import hub_error, local_path, read_state, strict_load
@@ -67,7 +68,8 @@ class Tower:
     def warn(self, cut:int, n:int):
         "Say once that `cut` prompts are longer than `n` tokens"
         if cut and not self.warned:
-            warnings.warn(f'{self.name}: {cut} prompts are longer than {n} tokens; what is beyond has no say')
+            warnings.warn(f"{self.name}: {counted(cut, 'prompt')} of more than {n} tokens; "
+                          'what is beyond has no say')
         self.warned |= bool(cut)
 
     def encode_image(self, x): return self.model.encode_image(x)

@@ -10,6 +10,7 @@ import json, torch
 from functools import partial
 from dataclasses import asdict
 from pathlib import Path
+from ..basics.console import say
 from ..evaluation.alarms import alarms
 from ..evaluation.measure import evaluate, statistics
 from ..basics.files import finite
@@ -27,7 +28,7 @@ class Aside(Callback):
         try: f(*args)
         except Exception as e:
             self.off = True
-            print(f'warning: {type(self).__name__} is switched off ({type(e).__name__}: {e})')
+            say(f'warning: {type(self).__name__} is switched off ({type(e).__name__}: {e})')
 
 # %% ../../nbs/12_training/05_callbacks.ipynb #bd30a23d
 EARLY = 5 # Batches after which a run without a gradient is warned about

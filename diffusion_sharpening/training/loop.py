@@ -10,6 +10,7 @@ __all__ = ['TrainingError', 'State', 'Callback', 'beside', 'stopping', 'prepare'
 import signal, threading, time, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from ..basics.console import say
 from ..basics.files import finite
 from ..basics.seeds import START, noise
 from ..basics.stages import stage
@@ -165,7 +166,7 @@ def collect(s:State, batch): # `Lesson`, or None where some process has none
         with torch.no_grad(), stage('rollout'): lesson = s.method.collect(s.meter, s.judge, batch)
     except NonFinite as e:
         lesson = None
-        print(f'batch {s.k+1} skipped: {e}')
+        say(f'batch {s.k+1} skipped: {e}')
     s.model.wait()
     if s.team.all(lesson is not None):
         lesson.means = {k: s.team.mean(v) for k, v in lesson.means.items()}
@@ -200,7 +201,7 @@ def check_first(s:State,
             raise TrainingError(f'self-check: {k} is {found[k]:.4g} before the first update, '
                                 f'expected {want:g}')
     if s.rank == 0:
-        print('self-check:', ', '.join(f'{k} {v:.3g}' for k, v in found.items()), 'before the first update')
+        say(f"self-check: {', '.join(f'{k} {v:.3g}' for k, v in found.items())} before the first update")
 
 # %% ../../nbs/12_training/02_loop.ipynb #61d689a2
 def learn(s:State, lesson, u:int)->dict: # Statistics

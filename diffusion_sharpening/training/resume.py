@@ -9,6 +9,7 @@ __all__ = ['FREE', 'identity', 'snapshot', 'restore', 'differences', 'Resume', '
 import torch
 from dataclasses import asdict, fields
 from pathlib import Path
+from ..basics.console import say
 from ..basics.files import finite
 from ..models.sharding import collected, dealt
 from .checkpoints import (
@@ -155,8 +156,8 @@ class Checkpoint(Callback):
     def last(self, s): self.save(s)
     def failed(self, s, e):
         if not self.ready or not s.k or not s.whole or self.saved == s.k: return
-        try: self.save(s); print(f'saved after batch {s.k}')
-        except CheckpointError as why: print(why)
+        try: self.save(s); say(f'saved after batch {s.k}')
+        except CheckpointError as why: say(str(why))
     def save(self, s):
         if self.saved == s.k or s.rank and not s.model.sharded: return
         tensors, record = snapshot(s, self.about)
