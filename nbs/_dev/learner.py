@@ -44,12 +44,17 @@ class Way:
     one_time: bool = True # Is it shared?
     one_noise: bool = False # Is the fresh noise shared?
     draws: int = 1 # Times and noises of each
+    opposite: bool = False # Is every second draw the one before with the noise turned round?
     steps: int = 0 # Of ten of the sampler that are shared; they branch after that
+
+TIMES = (200, 400), (400, 550), (550, 700), (700, 850), (850, 1000)
 
 WAYS = {'anywhere': Way(0, 1000, False), '400 to 900': Way(one_time=False), 'one time': Way(),
         'one time and noise': Way(one_noise=True), 'four draws': Way(draws=4),
         'four draws, one noise': Way(one_noise=True, draws=4), 'sixteen draws': Way(draws=16),
-        'four draws, 2 steps': Way(draws=4, steps=2), 'four draws, 5 steps': Way(draws=4, steps=5)}
+        'four draws, 2 steps': Way(draws=4, steps=2), 'four draws, 5 steps': Way(draws=4, steps=5),
+        'two pairs': Way(draws=4, opposite=True), 'eight pairs': Way(draws=16, opposite=True),
+        **{f'four draws, {lo} to {hi}': Way(lo, hi, draws=4) for lo, hi in TIMES}}
 
 def sampled(model, S, seeds, cond, shared):
     "One sample for each seed; those of a prompt share the first steps"
@@ -76,9 +81,12 @@ def noisy(model, x0, seeds, way, k):
     def drawn(what, shared):
         s = stream(seeds, what, k)
         return s[:1].expand(len(s)) if shared else s
+    turn = way.opposite and k % 2
+    k -= turn
     share = (drawn('time', way.one_time) % 2**24).double()/2**24
     t = (way.lo + share*(way.hi - way.lo)).long()
-    return add_noise(model.schedule, x0, noise(drawn('fresh', way.one_noise), START, model.item), t), t
+    eps = (-1)**turn*noise(drawn('fresh', way.one_noise), START, model.item)
+    return add_noise(model.schedule, x0, eps, t), t
 
 def pull(pred, target, weight=1.):
     "The loss that pulls estimates towards targets, or pushes them away"
@@ -133,6 +141,15 @@ def cosine(G, H):
     error = ((n - 1)/n*(each - each.mean()).square().sum()).sqrt()
     return dict(cosine=found.item(), cosine_error=error.item())
 
+LAYERS = {'self-attention': '.attn1.', 'cross-attention': '.attn2.', 'feed-forward': '.ff.',
+          'projections': '.proj_', 'of the time': 'time_emb', 'down': 'down_', 'middle': 'mid_', 'up': 'up_'}
+
+def by_layer(G, model):
+    "Ratio of the columns of each kind of layer"
+    sizes = [(k, p.numel()) for k, p in model.policies.named['policy'].items()]
+    def of(mark): return torch.cat([torch.full((n,), mark in f'.{k}') for k, n in sizes])
+    return {k: ratio(G[:, of(mark)]) for k, mark in LAYERS.items()}
+
 def signal(a):
     "Every way, and how far the signal is that of guidance"
     rows, prompts = [], prompt_set('shapes', seed=0)[:a.prompts]
@@ -145,6 +162,7 @@ def signal(a):
             rows.append(dict(model=Path(name).name, way=label, spread=std.item()) | asdict(way) | ratio(G))
             if label == 'four draws':
                 rows[-1] |= cosine(G, torch.stack([of_guidance(model, g, way) for g in live]))
+                rows[-1]['layers'] = by_layer(G, model)
             print(rows[-1], flush=True)
     write('learner-signal', dict(candidates=8, S=10, eta=model.eta, rank=32, guidance=3., rows=rows))
 
