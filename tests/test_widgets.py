@@ -183,7 +183,7 @@ def test_a_study_that_is_done_asks_nothing(tmp_path):
     study = Study([('a', 1, 2)], tmp_path/'answers.jsonl')
     study.answer('left')
     view = StudyView(Study(study.pairs, study.path), lambda prompt, what: b'')
-    assert view.said.value.startswith('All answered') and view.pair.layout.display == 'none'
+    assert view.said.value.startswith('All 1 answered. second against first: wins') and view.pair.layout.display == 'none'
     view.press('undo')
     assert view.pair.layout.display is None and 'Which is better' in view.prompt.value
     assert view.buttons['undo'].disabled
@@ -205,3 +205,10 @@ def test_every_branch_is_explored(made):
         seen = explore(model, Bright(), PROMPTS[0], branch=branch, n=3, S=4, begin=.5)
         assert seen.rewards.shape[1] == 3 and len(seen.times) == len(seen.rewards)
         assert winners(seen)['where it ends'] == int(seen.rewards[-1].argmax())
+
+def test_enter_runs_the_explorer():
+    "As the button does; an error is said beside it"
+    pytest.importorskip('ipywidgets')
+    view = ExplorerView(None, None, ' ')
+    view.prompt._handle_string_msg(view.prompt, dict(event='submit'), [])
+    assert 'caption: expected a text' in view.said.value

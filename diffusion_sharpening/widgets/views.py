@@ -6,7 +6,7 @@
 __all__ = ['KEYS', 'AGAIN', 'figure_png', 'wrong', 'ExplorerView', 'StudyView', 'CurationView']
 
 # %% ../../nbs/15_widgets/04_views.ipynb #e73338c8
-import html, io
+import html, io, warnings
 from ..basics.console import complaint
 from ..basics.stats import shown
 from .curation import Curation
@@ -48,6 +48,7 @@ class ExplorerView:
         own_size = w.Layout(display='none', align_self='flex-start', max_width='100%')
         self.picture, self.said = w.Image(format='png', layout=own_size), w.HTML()
         self.run.on_click(lambda _: self.explore())
+        _on_enter(self.prompt, self.explore)
         self.branch.observe(lambda _: self._rest(), 'value')
         self.step.observe(lambda _: self.draw(), 'value')
         self.box = w.VBox([self.prompt, self.branch, w.HBox([self.seed, self.eta, self.run]),
@@ -77,6 +78,11 @@ class ExplorerView:
     def _ipython_display_(self):
         from IPython.display import display
         display(self.box)
+
+def _on_enter(field, act):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')     # what it recommends, observing, acts on a click elsewhere too
+        field.on_submit(lambda _: act())
 
 # %% ../../nbs/15_widgets/04_views.ipynb #3d949aa7
 KEYS = """<script>(() => {
@@ -165,8 +171,10 @@ class StudyView:
     def result(self)->str:
         "Win, tie and lose as text"
         shares = tally(self.study) if self.study.answers else {}
-        said = [f'{k} {shown(v)}' for k, v in shares.items()]
-        return f'All answered. {html.escape(self.study.names[1])}: ' + ', '.join(said)
+        said = [f"{k}s {shown(v, over='')}" for k, v in shares.items()]
+        first, second = map(html.escape, self.study.names)
+        found = ', '.join(said) or 'nothing'
+        return f'All {len(self.study.answers)} answered. {second} against {first}: {found} (95 % intervals)'
 
     def _ipython_display_(self):
         from IPython.display import HTML, display
