@@ -183,7 +183,8 @@ def test_a_study_that_is_done_asks_nothing(tmp_path):
     study = Study([('a', 1, 2)], tmp_path/'answers.jsonl')
     study.answer('left')
     view = StudyView(Study(study.pairs, study.path), lambda prompt, what: b'')
-    assert view.said.value.startswith('All 1 answered. second against first: wins') and view.pair.layout.display == 'none'
+    assert view.said.value.startswith('All 1 answered. second against first: wins')
+    assert view.pair.layout.display == 'none'
     view.press('undo')
     assert view.pair.layout.display is None and 'Which is better' in view.prompt.value
     assert view.buttons['undo'].disabled

@@ -101,7 +101,8 @@ def at_step(e:Explored, i:int # Number of the step, from 0
     who = winners(e)
     said = [', '.join(k for k, w in who.items() if w == j) for j in range(e.rewards.shape[1])]
     rows = [Row(f'step {i + 1} of {len(e.times)}, t = {e.times[i]:.3g}', e.pictures[i],
-                [f'{j}: R = {r:.3f}' for j, r in enumerate(e.rewards[i], 1)], torch.tensor([float(bool(s)) for s in said]))]
+                [f'{j}: R = {r:.3f}' for j, r in enumerate(e.rewards[i], 1)],
+                torch.tensor([float(bool(s)) for s in said]))]
     named = '; '.join(f'branch {j + 1}: {s}' for j, s in enumerate(said) if s)
     return draw_rows(f'{e.prompt} · wins: {named}', rows)
 
