@@ -14,14 +14,18 @@ from .measure import (
 
 # %% ../../nbs/11_evaluation/04_figures.ipynb #4a655b21
 def columns(prompts:list, # Texts
-            n:int=6 # How many are shown
+            n:int=6, # How many are shown
+            changed=None # For each whether it comes before the others; None: all alike
            )->list: # Indices
     "Which prompts a figure shows, without looking at their pictures"
     world, n = world_of_prompts(prompts), min(n, len(prompts))
-    if not world: return [i*len(prompts)//n for i in range(n)]
-    names = world.groups(prompts)
-    turn = [names[:i].count(g) for i, g in enumerate(names)]   # how many of its group came before
-    return sorted(sorted(range(len(prompts)), key=lambda i: (turn[i], i))[:n])
+    later = [not o for o in changed] if changed is not None else [False]*len(prompts)
+    if not world:
+        pool = sorted(range(len(prompts)), key=later.__getitem__)[:max(n, later.count(False))]
+        return sorted(pool[i*len(pool)//n] for i in range(n))
+    kinds = list(zip(later, world.groups(prompts)))
+    turn = [kinds[:i].count(k) for i, k in enumerate(kinds)]   # how many of its kind came before
+    return sorted(sorted(range(len(prompts)), key=lambda i: (later[i], turn[i], i))[:n])
 
 # %% ../../nbs/11_evaluation/04_figures.ipynb #9b919576
 def draw_pair(axs, # Two axes
@@ -42,13 +46,16 @@ def before_after(before:Evaluation, # The control
                  after:Evaluation, # The same prompts, seed and sampler, after training
                  path, # PNG to write
                  judge:str, # Whose score is written under each picture
-                 n:int=6 # Pairs, of the prompts that `columns` names
+                 n:int=6 # Pairs, of the prompts that `columns` names: first those whose score changed
                 )->None: # ValueError if they are no pair
     "Draw pairs of pictures, before beside after, under their prompts"
     from matplotlib.figure import Figure
     check_pair(before, after)
-    which = columns(before.prompts, n); rows = -(-len(which)//2)
-    fig = Figure(figsize=(5.6, 1.95*rows), layout='constrained')
+    moved = after.scores[judge] - before.scores[judge]
+    which = columns(before.prompts, n, moved.abs() > 0); rows = -(-len(which)//2)
+    fig = Figure(figsize=(5.6, 1.95*rows + .25), layout='constrained')
+    fig.suptitle(f'{plain(judge)}: {(moved > 0).sum()} of {len(moved)} rose, {(moved < 0).sum()} fell',
+                 x=.01, ha='left', fontsize=8, **LITERAL)
     axs = fig.subplots(rows, 5, squeeze=False, width_ratios=[1, 1, .1, 1, 1])
     pairs = [p for row in axs for p in (row[:2], row[3:])]
     sides = [pictures_of(e.images, e.prompts) for e in (before, after)]
