@@ -182,6 +182,7 @@ def shown(c, page, links, heading, prose):
     alt = alternative(c, page, heading, prose, drawing) if pictures else ''
     c.source = bare(c)
     if imports_only(c.source): folded(c, 'Imports')
+    elif not prose and not c.outputs: folded(c, 'Made for this page')
     elif heading == EXERCISES: folded(c, 'The answers, computed', 'hide-cell')
     elif not c.outputs and checks_only(c.source): folded(c, 'Checks')
     elif pictures and c.source.count('\n') >= LONG: folded(c, 'Code of the figure')
