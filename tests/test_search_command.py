@@ -130,7 +130,8 @@ def test_files_of_others_stay(at, capsys):
         assert cli.run([*line, '--out', str(at/name)]) == cli.run([*line, '--out', str(at/name)]) == 0
     with pytest.raises(ValueError, match='holds 0000.png'): cli.run([*line, '--out', str(at/'search')])
     few = [o if o != '2' or line[i-1] != '--n' else '1' for i, o in enumerate(line)]
-    assert cli.run([*few, '--out', str(at/'sample')]) == 0 and not (at/'sample'/'0001.png').exists()
+    with pytest.raises(ValueError, match='pictures of n 2, not 1'): cli.run([*few, '--out', str(at/'sample')])
+    assert (at/'sample'/'0001.png').exists()
 
 
 def test_a_prompt_without_a_score_keeps_its_picture(at):
