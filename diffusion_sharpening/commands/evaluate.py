@@ -11,7 +11,7 @@ from ..basics.words import counted
 from ..basics.console import columns, number
 from .heldout import (
     check_judges, heldout_number, judges, prompts_for, trained_on)
-from .load import as_trained, base_of, check_sampler, load_model
+from .load import as_of_run, as_trained, base_of, check_sampler, load_model
 from ..evaluation.measure import evaluate as measure, report
 from ..evaluation.tables import measured_table
 from ..names.catalog import load_reward
@@ -22,14 +22,14 @@ from ..worlds.world import usual_reward, world_of
 def evaluate(
     model:str=None, # Embedded (`shapes`), a folder, or a name on the Hub; None: the LoRA's, or embedded
     lora:str=None, # Folder of a run, or of any LoRA
-    reward:str=None, # Reward to report, beside the exam of the model's world; None: the model's usual one
+    reward:str=None, # Reward to report, beside the exam of the model's world; None: the run's, or the model's
     prompts:str=None, # World (held-out), FILE[:COLUMN], hf:owner/name:column; None: the run's, or the model's
     n:int=None, # How many prompts; None: 240 for embedded models, 24 for others
     S:int=20, # Sampler steps
     eta:float=None, # Fresh noise of each step, 0 … 1; None: the world's best measured, 0 for others
     seed:int=0, # Of the start noise
-    guidance:float=None, # Classifier-free guidance; None: the model's default
-    px:int=None, # Side of the square pictures in pixels; None: what the model was made for
+    guidance:float=None, # Classifier-free guidance; None: the run's, or the model's default
+    px:int=None, # Side of the square pictures in pixels; None: the run's, or what the model was made for
     variant:str=None # Variant of the model's files, e.g. fp16
 )->dict: # Means with 95 % intervals
     "Measure a model on held-out prompts"
@@ -40,9 +40,10 @@ def evaluate(
     if seen := trained_on(texts, model, lora):
         warnings.warn(f'prompts: {seen} of {len(texts)} are among those that {lora} was trained on; '
                       'their scores say little about other prompts')
-    reward = reward or usual_reward(model)
+    reward = as_of_run(lora, model, reward=reward)['reward'] or usual_reward(model)
     r = load_reward(reward, world and world.name, train=False)
-    d = load_model(model, guidance, lora, px=px, variant=variant, eta=eta)
+    d = load_model(model, lora=lora, eta=eta,
+                   **as_of_run(lora, model, guidance=guidance, px=px, variant=variant))
     chunk, d = pictures_at_once(d), as_trained(d, lora, S)
     asked, _ = check_judges(judges(r, texts, model), texts, d)
     d.say_cut(texts)

@@ -12,7 +12,8 @@ from ..basics.files import finite, read_json, write_json, write_whole
 from ..basics.pictures import as_png, write_grid
 from ..basics.words import brief
 from .heldout import prompts_for
-from .load import as_trained, base_of, check_sampler, load_model, output_folder
+from .load import (
+    as_of_run, as_trained, base_of, check_sampler, load_model, output_folder)
 from .provenance import provenance
 from ..data.tables import write_prompts
 from ..evaluation.measure import pictures_of, start_seeds
@@ -104,8 +105,8 @@ def sample(
     S:int=20, # Sampler steps
     eta:float=None, # Fresh noise of each step, 0 … 1; None: the world's best measured, 0 for others
     seed:int=0, # Of the start noise
-    guidance:float=None, # Classifier-free guidance; None: the model's default
-    px:int=None, # Side of the square pictures in pixels; None: what the model was made for
+    guidance:float=None, # Classifier-free guidance; None: the run's, or the model's default
+    px:int=None, # Side of the square pictures in pixels; None: the run's, or what the model was made for
     variant:str=None # Variant of the model's files, e.g. fp16
 )->Path: # The folder
     "Make pictures"
@@ -116,11 +117,12 @@ def sample(
     asked = dict(model=model, lora=lora and str(lora), prompts=prompts, n=n, S=S, eta=eta, seed=seed,
                  guidance=guidance, px=px, variant=variant)
     check_asked(out, len(texts), asked)
-    d = load_model(model, guidance, lora, px=px, variant=variant, eta=eta)
+    d = load_model(model, lora=lora, eta=eta,
+                   **as_of_run(lora, model, guidance=guidance, px=px, variant=variant))
     d.say_cut(texts)
     chunk, d = pictures_at_once(d), as_trained(d, lora, S)
     made = d.sample(texts, seeds, S, chunk=chunk).cpu()
-    about = dict(asked=asked, used=dict(eta=d.eta, guidance=d.guidance)) | provenance()
+    about = dict(asked=asked, used=dict(eta=d.eta, guidance=d.guidance, size=list(d.size))) | provenance()
     replace_pictures(pictures_of(made, texts), texts, out, about)
     return out
 

@@ -15,7 +15,7 @@ from ..basics.pictures import as_png, read_picture
 from ..basics.stats import interval, numbers, shown
 from ..basics.words import brief, one_of
 from .heldout import check_judges, prompts_for
-from .load import as_trained, base_of, load_model, output_folder
+from .load import as_of_run, as_trained, base_of, load_model, output_folder
 from .options import parse_settings
 from .provenance import provenance
 from .sample import LIST, check_free, files_of, write_pictures
@@ -148,8 +148,8 @@ def search(
     S:int=20, # Sampler steps
     settings:str=None, # Of the search: key=value, with commas between them
     seed:int=0, # Of the start noise
-    guidance:float=None, # Classifier-free guidance; None: the model's default
-    px:int=None, # Side of the square pictures in pixels; None: what the model was made for
+    guidance:float=None, # Classifier-free guidance; None: the run's, or the model's default
+    px:int=None, # Side of the square pictures in pixels; None: the run's, or what the model was made for
     variant:str=None # Variant of the model's files, e.g. fp16
 )->dict: # Value with its interval, evaluations and calls for each picture, and the folder
     "Make pictures, each the best that a search finds within its budget"
@@ -160,7 +160,7 @@ def search(
     texts, _ = prompts_for(prompts, model, lora, n)
     world, seeds = world_of(model), start_seeds(seed, len(texts))
     judge = verifier(reward or usual_reward(model), combine, world and world.name)
-    d = load_model(model, guidance, lora, px=px, variant=variant)
+    d = load_model(model, lora=lora, **as_of_run(lora, model, guidance=guidance, px=px, variant=variant))
     affordable(d, S, budget)
     check_judges({judge.name: judge}, texts, d)
     d.say_cut(texts)

@@ -13,8 +13,8 @@ from pathlib import Path
 from ..basics.words import counted
 from ..basics.devices import device_here, device_of
 from ..basics.files import write_json
-from .heldout import default_prompts, heldout_number
-from .job import Job, job_of, own_pairs, prompts_digest, prompts_of, without
+from .heldout import default_prompts, heldout_number, prompts_digest
+from .job import Job, check_pictures, job_of, own_pairs, prompts_of, without
 from .load import base_of, check_sampler, output_folder
 from .provenance import provenance
 from .report import compared, suspicions, watched
@@ -35,7 +35,7 @@ from ..training.plan import Plan, plan as planned, units_of
 from ..training.record import content, going_on, holds_back, model_content, record
 from ..training.resume import Checkpoint, Record, Resume
 from ..training.run import settings
-from ..worlds.world import model_path, usual_reward
+from ..worlds.world import model_path, usual_reward, world_of
 
 # %% ../../nbs/13_commands/09_train.ipynb #8aec47a2
 def plan(
@@ -65,6 +65,7 @@ def plan(
     n, own = heldout_number(heldout, model), own_pairs(made, images)
     held = n                                                              # of the Hub nothing is fetched
     if not any(str(o).startswith('hf:') for o in (prompts, heldout_prompts, images)):
+        if own: check_pictures(world_of(model), images)
         pairs = image_pairs(images).captions if own else None
         prompts = prompts or (None if own else default_prompts(model))
         held = len(prompts_of(prompts, heldout_prompts, n, run.seed, pairs, images)[1])

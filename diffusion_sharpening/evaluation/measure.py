@@ -85,7 +85,7 @@ def pictures_of(things:Tensor, # What a model made, `(N, …)`
                 prompts:list # Their texts
                )->Tensor: # `(N, 3, H, W)` in [0, 1]
     "Things to look at: as the world of the prompts shows them, or as they are"
-    world = world_of_prompts(prompts)
+    world = world_of_prompts(prompts) if things.ndim != 4 else None       # pictures are seen as they are
     return world.show(things) if world else things
 
 # %% ../../nbs/11_evaluation/01_measure.ipynb #a51a63db

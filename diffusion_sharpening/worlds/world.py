@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 import torch
+from ..basics.files import read_json
 from .exam import Exam
 from .layouts.drawing import draw as draw_layouts
 from .layouts.features import load_features, page_sets
@@ -119,12 +120,19 @@ WORLDS = dict(
                     sets=lambda x: molecule_sets(x, *map(_molecules_of, ('train', 'heldout')))))
 
 # %% ../../nbs/05_worlds/01_world.ipynb #2fff522e
-def world_of(model:str # Name of an embedded model, or the folder of its weights
+def world_of(model:str # Name of an embedded model, or the folder of its weights, also as a run changed them
             )->World|None: # None: a model of no world
     "The world a model was trained on"
     for w in WORLDS.values():
         folders = [(d/f).resolve() for d in weight_folders() for f in w.models.values()]
         if model in w.models or Path(model).resolve() in folders: return w
+    if (base := _trained_from(Path(model))) not in (None, model): return world_of(base)
+
+def _trained_from(path): # What the run was given whose weights are in its folder `model`
+    if path.name != 'model': return
+    try: base = read_json(path.parent/'run.json').get('model')
+    except (ValueError, AttributeError): return
+    return base if isinstance(base, str) else None
 
 # %% ../../nbs/05_worlds/01_world.ipynb #44a94314
 def model_path(model:str # Name of an embedded model, a folder, or a name on the Hugging Face Hub

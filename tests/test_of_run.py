@@ -1,0 +1,93 @@
+"Weights are sampled, measured and searched with what they were trained with, unless told otherwise"
+import json
+import pytest, torch
+from PIL import Image
+
+from diffusion_sharpening.commands import cli
+from diffusion_sharpening.models.tiny import tiny_sdxl
+
+torch.set_num_threads(1)
+FEW = '--steps 1 --S-eval 2 --set batch=2 rank=2'.split()
+
+
+@pytest.fixture(scope='module')
+def at(tmp_path_factory):
+    "A folder with a model, a reward, prompts and pictures"
+    tmp = tmp_path_factory.mktemp('of_run')
+    tiny_sdxl(tmp/'xl', words=['red', 'blue', 'green', 'tree', 'car', 'boat'])
+    (tmp/'mine.py').write_text('def redness(images, prompts): return images[:, 0].mean((1, 2))\n')
+    (tmp/'prompts.txt').write_text('\n'.join(['red car', 'blue boat', 'green tree', 'red boat']))
+    (tmp/'pictures').mkdir()
+    for i, text in enumerate(['red car', 'blue boat', 'green tree', 'red boat', 'a tree', 'a car']):
+        Image.new('RGB', (64, 64), (40*i, 90, 30)).save(tmp/f'pictures/{i}.png')
+        (tmp/f'pictures/{i}.txt').write_text(text)
+    return tmp
+
+
+def go(*line):
+    assert cli.run([*map(str, line)]) == 0
+
+
+def told(capsys, *line):
+    capsys.readouterr()
+    go(*line, '--json')
+    return json.loads(capsys.readouterr().out)
+
+
+def trained(at, name, method, *more):
+    "A run of its own guidance and size"
+    go('train', method, '--model', at/'xl', '--reward', f'{at}/mine.py:redness', '--heldout', 2,
+       '--guidance', 2, '--px', 32, '--out', at/name, *more, *FEW, *['n=2', 'S=2']*(method == 'rlhf'))
+    return at/name, json.loads((at/name/'report.json').read_text())
+
+
+def test_guidance_size_and_reward_are_those_of_the_run(at, capsys):
+    run, rep = trained(at, 'run', 'rlhf', '--prompts', at/'prompts.txt')
+    found = told(capsys, 'evaluate', '--lora', run, '--S', 2)
+    assert (found['guidance'], found['trained_on'], found['heldout_prompts']) == (2., 0, 2)
+    assert found['judges']['mine:redness'] == rep['after']['judges']['mine:redness']
+    go('sample', '--lora', run, '--S', 1, '--out', at/'drawn')
+    assert Image.open(at/'drawn'/'0000.png').size == (32, 32)
+    used = json.loads((at/'drawn'/'sample.json').read_text())['used']
+    assert used == dict(eta=0., guidance=2., size=[32, 32])
+    line = ['search', 'best_of_n', '--lora', run, '--reward', f'{at}/mine.py:redness', '--n', 1, '--S', 1]
+    assert told(capsys, *line, '--budget', 4, '--out', at/'searched')['nfe'] == 4    # two, with guidance
+    assert told(capsys, 'evaluate', '--lora', run, '--S', 2, '--guidance', 1)['guidance'] == 1.
+
+
+def test_pictures_of_ones_own_have_their_captions_held_out(at, capsys):
+    run, rep = trained(at, 'pairs', 'standard', '--images', at/'pictures')
+    found = told(capsys, 'evaluate', '--lora', run, '--S', 2)
+    assert found['prompts'] == rep['heldout_from'] and found['trained_on'] == 0
+    assert found['judges']['mine:redness'] == rep['after']['judges']['mine:redness']
+
+
+def test_prompts_that_have_changed_are_not_called_held_out(at, capsys):
+    file = at/'growing.txt'
+    file.write_text((at/'prompts.txt').read_text())
+    run, _ = trained(at, 'grown', 'rlhf', '--prompts', file)
+    file.write_text('\n'.join(f'a car of {k} trees' for k in range(9)) + '\n' + file.read_text())
+    with pytest.warns(UserWarning, match='is not what it was when .* was trained'):
+        assert told(capsys, 'evaluate', '--lora', run, '--S', 1)['trained_on'] is None
+
+
+def test_all_weights_of_an_embedded_model_stay_in_its_world(at, capsys):
+    go('train', 'rlhf', '--heldout', 2, '--out', at/'full', *FEW[:-1], 'n=2', 'S=2', 'rank=0')
+    rep = json.loads((at/'full'/'report.json').read_text())
+    found = told(capsys, 'evaluate', '--model', at/'full'/'model', '--n', 2, '--S', 2)
+    assert found['guidance'] == 1. and found['nfe_per_image'] == 2 and found['sampler']['eta'] == 1.
+    for k in ('clip', 'checker'):
+        want = rep['after']['judges'][k]['overall']['mean']
+        assert found['judges'][k]['overall']['mean'] == pytest.approx(want, abs=1e-3)
+
+
+@pytest.mark.parametrize('world', ['layouts', 'molecules'])
+def test_prompts_of_another_world_are_texts(at, world):
+    go('sample', '--prompts', world, '--n', 1, '--S', 1, '--out', at/f'of_{world}')
+    assert Image.open(at/f'of_{world}'/'0000.png').size == (64, 64)
+
+
+@pytest.mark.parametrize('command', ['train', 'plan'])
+def test_pictures_are_nothing_for_a_model_of_pages(at, command):
+    with pytest.raises(ValueError, match='images: models of layouts make no pictures'):
+        cli.run([command, 'standard', '--model', 'layouts', '--images', str(at/'pictures'), '--steps', '1'])
