@@ -213,3 +213,17 @@ def test_enter_runs_the_explorer():
     view = ExplorerView(None, None, ' ')
     view.prompt._handle_string_msg(view.prompt, dict(event='submit'), [])
     assert 'caption: expected a text' in view.said.value
+
+@pytest.mark.parametrize('i, accept', [(-1, True), (3, True), ('0', True), (0, 'yes')])
+def test_a_mark_that_is_none_changes_nothing(tmp_path, i, accept):
+    mine = Curation(PROMPTS[:3], random_pictures(0), tmp_path/'accepted')
+    mine.mark(0, torch.tensor(True))
+    before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    with pytest.raises(ValueError, match='mark: expected'): mine.mark(i, accept)
+    assert {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == before
+    assert Curation(PROMPTS[:3], random_pictures(0), tmp_path/'accepted').marks == [True, None, None]
+
+@pytest.mark.parametrize('names', [('lora', 'lora'), ('base', 'tie'), ('a', 'b', 'c'), ('a',)])
+def test_names_of_a_study_tell_who_won(tmp_path, names):
+    with pytest.raises(ValueError, match='names: expected two that differ'):
+        Study([('a', 1, 2)], tmp_path/'answers.jsonl', names=names)

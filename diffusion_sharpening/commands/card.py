@@ -75,11 +75,12 @@ def hub_name(model:str # As a run was asked for it
     return str(model) if good else None
 
 # %% ../../nbs/13_commands/00_card.ipynb #98fe5383
-def _front(rep, full): # The block of YAML that the Hub reads
+def _front(rep, full, tools): # The block of YAML that the Hub reads
     base = hub_name(rep['model'])
-    known = ['library_name: diffusers', 'pipeline_tag: text-to-image',
-             *([f'base_model: {base}'] if base else [])]
-    tags = ['text-to-image', 'diffusers', 'diffusion-sharpening'] + ['lora']*(not full)
+    pictures = 'diffusers' in tools
+    known = ['library_name: diffusers', 'pipeline_tag: text-to-image']*pictures
+    known += [f'base_model: {base}']*bool(base)
+    tags = ['text-to-image', 'diffusers']*pictures + ['diffusion-sharpening'] + ['lora']*(not full)
     return ['---', *known, 'tags:', *(f'- {t}' for t in tags), '---', '']
 
 # %% ../../nbs/13_commands/00_card.ipynb #7a974503
@@ -92,10 +93,13 @@ def _results(rep): # The table of the trained reward and of the exams
             '| | before | after | change |', '|---|---|---|---|', *rows]
 
 # %% ../../nbs/13_commands/00_card.ipynb #edc0abdc
-def _usage(repo, base, full):
+def _usage(repo, base, full, tools):
+    if 'diffusers' not in tools:
+        return [f'For `{base}` of diffusion_sharpening: `sharpen sample --model {base} --lora FOLDER`.', '']
     load = [f'pipe = DiffusionPipeline.from_pretrained({(repo if full else base)!r})']
     load += [f'pipe.load_lora_weights({repo!r})']*(not full)
-    more = ['`lora_kohya.safetensors` is the same LoRA for ComfyUI and kohya-ss.', '']*(not full)
+    kohya = not full and 'kohya' in tools
+    more = ['`lora_kohya.safetensors` is the same LoRA for ComfyUI and kohya-ss.', '']*kohya
     code = ['from diffusers import DiffusionPipeline', *load, "image = pipe('a prompt').images[0]"]
     return ['```python', *(l.replace('`', "'") for l in code), '```', '', *more]
 
@@ -105,7 +109,8 @@ _told = 'seed steps seconds nfe_training skipped device versions git_commit'.spl
 def model_card(
     rep:dict, # A run's report
     repo:str='OWNER/NAME', # Where it will lie on the Hub
-    full:bool=False # A whole pipeline rather than a LoRA?
+    full:bool=False, # A whole pipeline rather than a LoRA?
+    tools:tuple=('diffusers', 'kohya') # For which it is uploaded; none for a model that makes no pictures
 )->str: # README.md
     "A model card from what a run reports"
     base = hub_name(rep['model']) or redact(Path(rep['model']).name)
@@ -115,6 +120,6 @@ def model_card(
              f"{escaped(rep['preset'])}) of diffusion_sharpening on the reward "
              f"{escaped(redact(rep['reward']))}.")
     made = ['## How it was made', '', '```json', _json(told), '```', '']
-    return '\n'.join([*_front(rep, full), f"# {repo.split('/')[-1]}", '', about, '',
-                      *_usage(repo, base, full),
+    return '\n'.join([*_front(rep, full, tools), f"# {repo.split('/')[-1]}", '', about, '',
+                      *_usage(repo, base, full, tools),
                       '## Measured', '', *_results(rep), '', *made])

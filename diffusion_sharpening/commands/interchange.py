@@ -50,6 +50,8 @@ def _write(weights, file, meta):
 
 # %% ../../nbs/13_commands/01_interchange.ipynb #f61b5bfe
 def _model_of(model):  # Is it SDXL? `layers_per_block`, from a config alone
+    if loader_of(model):
+        raise ValueError(f"model: {model} makes no pictures, which kohya's layout is for")
     a = anatomy(model_path(model))
     if not a.has_unet:
         raise ValueError("model: expected one with a U-Net, whose layers kohya's layout names; "
@@ -212,19 +214,20 @@ def _copy(source, file): # Whole or not at all
     return file
 
 # %% ../../nbs/13_commands/01_interchange.ipynb #fa708738
-def _has_unet(model): # kohya's layout names the layers of one
-    return not loader_of(model) and anatomy(model_path(model)).has_unet
+def _tools(model): # That read a LoRA of this model: kohya's layout names the layers of a U-Net
+    if loader_of(model): return ()
+    return LAYOUTS if anatomy(model_path(model)).has_unet else LAYOUTS[:1]
 
 # %% ../../nbs/13_commands/01_interchange.ipynb #220b384e
 def _gather(run_dir, repo, dir): # All that is uploaded
     rep, run_dir = run_report(run_dir), Path(run_dir)
-    full = run_weights(run_dir, rep)
+    full, tools = run_weights(run_dir, rep), _tools(rep['model'])
     if full: shutil.copytree(run_dir/'model', dir, dirs_exist_ok=True)
-    else: [export(run_dir, o, dir) for o in (LAYOUTS if _has_unet(rep['model']) else LAYOUTS[:1])]
+    else: [export(run_dir, o, dir) for o in tools or LAYOUTS[:1]]
     for name in ('reward_curve.png', 'before_after.png'):
         if (run_dir/name).is_file(): shutil.copyfile(run_dir/name, dir/name)
     if not hub_name(rep['model']): rep['model'] = Path(rep['model']).name
-    write_whole(dir/'README.md', model_card(rep, repo, full))
+    write_whole(dir/'README.md', model_card(rep, repo, full, tools))
     write_json(dir/'report.json', redact(rep))
 
 # %% ../../nbs/13_commands/01_interchange.ipynb #57b50d0c

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from ..basics.files import write_whole
+from ..basics.files import save_tensors
 from ..maths.rollout import Meter, rollout
 from .inversion import invert
 
@@ -58,29 +58,43 @@ def _check_chunk(path, about): # `ValueError` unless a chunk is what would be ma
     if found == about: return
     raise ValueError(f'folder: expected the inversion of {about} in {path}, found {found}; name another')
 
+# %% ../../nbs/10_corrector/03_corrected.ipynb #515151cb
+@torch.no_grad()
+def _check_model(path, model, x, steps, cond, most): # `ValueError` unless a noise makes its item
+    told = load_file(path)
+    i = told['kept'].nonzero()[:1, 0]
+    own = None if cond is None else cond[i]
+    back = rollout(model, told['noise'][i].to(x.device), model.grid(steps), own, keep=False).end
+    if len(i) and (back - x[i]).norm() > 2*most*x[i].norm().clamp(min=.1):
+        raise ValueError(f'folder: {path} holds the inversion of another model, or under other prompts; '
+                         'name another')
+
 # %% ../../nbs/10_corrector/03_corrected.ipynb #c7029c74
 def inverted_noises(
     model, # The base
     items:Tensor, # Clean items `(B, *item)`
     steps:int, # Of the base
-    folder, # For the chunks; those that are there are read, ValueError if they are of other items or settings
+    folder, # For the chunks; those that are there are read, ValueError if they are of another inversion
     chunk:int=256, # Items inverted at once
     tol:float=1e-4, # Relative residual of a step
     most:float=1e-2, # Largest relative round trip of an item that is kept
-    rounds:int=64 # Most rounds for each step
+    rounds:int=64, # Most rounds for each step
+    cond=None # Of the `B` items, handed to the base
 ) -> tuple: # Noises `(n ≤ B, *item)`, and counts: how many came back, were damped, evaluations per item
     "Invert many items; what does not come back is left out"
-    from safetensors.torch import save
     folder, parts = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
     for i, x in enumerate(tqdm(items.split(chunk), desc=f'inverting {steps} steps', mininterval=5)):
         path, about = folder/f'{i:05}.safetensors', _about(x, steps, tol, most, rounds)
-        if path.exists(): _check_chunk(path, about)
+        own = None if cond is None else cond[i*chunk:i*chunk + len(x)]
+        if path.exists():
+            _check_chunk(path, about)
+            _check_model(path, model, x, steps, own, most)
         else:
-            found = invert(model, x, model.grid(steps), rounds=rounds, tol=tol)
+            found = invert(model, x, model.grid(steps), own, rounds, tol)
             told = dict(noise=found.noise, kept=found.kept(most), damped=found.damped > 0,
                         round_trip=found.round_trip, nfe=torch.full((len(x),), found.nfe))
-            write_whole(path, save({k: v.cpu().contiguous() for k, v in told.items()}, dict(about=about)))
+            save_tensors(path, told, dict(about=about))
         parts.append(load_file(path))
     all = {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
     counts = dict(items=len(items), came_back=int(all['kept'].sum()), damped=int(all['damped'].sum()),

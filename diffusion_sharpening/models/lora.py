@@ -9,7 +9,7 @@ __all__ = ['lora_file', 'merge_file', 'open_lora', 'entry_of', 'grouped', 'heade
 # %% ../../nbs/03_models/05_lora.ipynb #93354b0f
 import json, re, torch
 from pathlib import Path
-from ..basics.files import write_whole
+from ..basics.files import save_tensors
 
 # %% ../../nbs/03_models/05_lora.ipynb #b37dcaf5
 lora_file = 'pytorch_lora_weights.safetensors'  # diffusers' name for it
@@ -153,11 +153,10 @@ def write_lora(
     network:str='unet' # Part of the pipeline that it changes, `unet` or `transformer`
 ) -> Path: # The file
     "Write a LoRA for diffusers and `read_lora`"
-    from safetensors.torch import save
     Path(folder).mkdir(parents=True, exist_ok=True)
     layers = sorted({k.rsplit('.lora_', 1)[0] for k in weights})
     header = dict(r=rank, lora_alpha=alpha, target_modules=layers)
     header = {f'{network}.{k}': v for k, v in header.items()}
     named = {f'{network}.{k}': v.contiguous() for k, v in weights.items()}
     meta = dict(format='pt', lora_adapter_metadata=json.dumps(header))
-    return write_whole(Path(folder)/lora_file, save(named, meta))
+    return save_tensors(Path(folder)/lora_file, named, meta)

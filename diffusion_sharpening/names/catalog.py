@@ -117,6 +117,15 @@ def usable(name:str # A name in `USES`
     get = f'weights not here; where there is a network run: hf download {what}'
     return bool(own), f'as {own}; other {get}' if own else f'{get}, or name them: {name}@PATH'
 
+# %% ../../nbs/06_names/02_catalog.ipynb #af3fbf53
+def _of_world(world, name):
+    judges = WORLDS[world].judges
+    if name in judges: return str(weights(judges[name]))
+    if name in WORLDS[world].rewards: raise ValueError(f'{name}: it has no weights to choose; ask for {name}')
+    only = f", only for {', '.join(judges)}"*bool(judges)
+    raise ValueError(f'{name}: the world {world} has no weights for it{only}; name a folder or a hub id: '
+                     f'{name}@FOLDER')
+
 # %% ../../nbs/06_names/02_catalog.ipynb #ab95447f
 def weights_of(name:str, # A name in `USES`
                which:str=None, # As it was asked for: a world, with a `#…` perhaps, or anything else
@@ -127,12 +136,6 @@ def weights_of(name:str, # A name in `USES`
     if which is None: return _of_world(world, name) if world and name in WORLDS[world].judges else None
     base, mark, rest = str(which).partition('#')
     return _of_world(base, name) + mark + rest if base in WORLDS else which
-
-def _of_world(world, name):
-    judges = WORLDS[world].judges
-    if name in judges: return str(weights(judges[name]))
-    raise ValueError(f'{name}: the world {world} has no weights for it, only for '
-                     f"{', '.join(judges)}; name a folder or a hub id: {name}@FOLDER")
 
 # %% ../../nbs/06_names/02_catalog.ipynb #2d88d4e5
 def load_reward(spec:str, # `name`, `name@weights`, `module:function`, `name:weight,name:weight…`, `borda(…)`

@@ -49,6 +49,11 @@ class Curation:
 
     def mark(self, i:int, accept):
         "Accept (True), reject (False), or neither (None); saved at once"
+        if i not in range(len(self.marks)):
+            raise ValueError(f'mark: expected a sample from 0 to {len(self.marks) - 1}, found {i!r}')
+        if accept not in (True, False, None):
+            raise ValueError(f'mark: expected True, False or None, found {accept!r}')
+        accept = accept if accept is None else bool(accept)
         if accept: self._keep(i)
         elif self.marks[i]:
             for f in self.files(i): f.unlink(missing_ok=True)

@@ -47,6 +47,8 @@ class Study:
         self.pairs, self.path = [tuple(p) for p in pairs], Path(path)
         self.seed, self.names = seed, tuple(names)
         if not self.pairs: raise ValueError('pairs: expected at least one pair of pictures, found none')
+        if len({*self.names, 'tie'}) != 3 or len(self.names) != 2:
+            raise ValueError(f"names: expected two that differ, neither of them 'tie'; found {self.names}")
         self.answers = self._read() if self.path.exists() else []
 
     def _read(self):
