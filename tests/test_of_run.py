@@ -1,5 +1,5 @@
 "Weights are sampled, measured and searched with what they were trained with, unless told otherwise"
-import json
+import json, os
 import pytest, torch
 from PIL import Image
 
@@ -91,3 +91,21 @@ def test_prompts_of_another_world_are_texts(at, world):
 def test_pictures_are_nothing_for_a_model_of_pages(at, command):
     with pytest.raises(ValueError, match='images: models of layouts make no pictures'):
         cli.run([command, 'standard', '--model', 'layouts', '--images', str(at/'pictures'), '--steps', '1'])
+
+
+def test_a_run_goes_on_after_model_and_prompts_have_moved(at, capsys):
+    "They are named anew; its weights are sampled from there afterwards"
+    for name in ('xl', 'prompts.txt'): os.system(f'cp -r {at/name} {at}/first-{name}')
+    line = ['train', 'rlhf', '--reward', f'{at}/mine.py:redness', '--heldout', 2, '--out', at/'moved', *FEW]
+    line += ['n=2', 'S=2', '--model', at/'first-xl', '--prompts', at/'first-prompts.txt']
+    go(*line)
+    for name in ('xl', 'prompts.txt'): (at/f'first-{name}').rename(at/f'second-{name}')
+    again = ['train', 'rlhf', '--resume', at/'moved', '--steps', 2, '--model', at/'second-xl']
+    with pytest.raises(ValueError, match='model was .*/xl.* and is .*/second-xl'):             # it is there
+        go('train', 'rlhf', '--resume', at/'run', '--steps', 2, '--model', at/'second-xl')
+    go(*again, '--prompts', at/'second-prompts.txt')
+    assert 'the end may differ' not in capsys.readouterr().out
+    go('sample', '--lora', at/'moved', '--n', 1, '--S', 1, '--out', at/'moved-drawn')
+    (at/'second-xl').rename(at/'third-xl')
+    go(*again[:5], 3, '--model', at/'third-xl')
+    assert json.loads((at/'moved'/'report.json').read_text())['batches'] == 3

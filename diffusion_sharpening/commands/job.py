@@ -162,6 +162,14 @@ class Job:
     def other(self): # Of the judges, one that is not followed, or None
         return next((r for k, r in self.exams.items() if k != self.judge.name), None)
 
+# %% ../../nbs/13_commands/08_job.ipynb #917c377d
+def _judge(method, reward, world): # ValueError says it of a method that follows none
+    try: return load_reward(reward, world)
+    except ValueError as e:
+        if method.needs_judge: raise
+        raise ValueError(f'{e}; the method follows no reward, its pictures are measured with one: '
+                         'name another with --reward') from None
+
 # %% ../../nbs/13_commands/08_job.ipynb #95d7403f
 def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:str, heldout:int,
            heldout_prompts:str, S_eval:int, changes:dict, px:int=None, guidance:float=None,
@@ -180,7 +188,7 @@ def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:st
         raise ValueError(f'images: {method} ({preset}) learns from {what}; name them with --images')
     if own: check_pictures(world, images)
     texts = None if own else prompts_of(prompts, heldout_prompts, n, run.seed)
-    judge = load_reward(reward, world and world.name)
+    judge = _judge(made, reward, world and world.name)
     d = load_model(model, guidance, None, run.precision, px, variant, vae, eta)
     pairs = _opened(d, images, run) if own else images or world and world.name
     train_on, held, split = texts or prompts_of(prompts, heldout_prompts, n, run.seed, pairs.captions, images)

@@ -137,7 +137,7 @@ def callbacks(out:Path, # Folder of the run
               plan # A `Plan`
              )->list:
     "What runs beside the loop"
-    at, about = out/'checkpoints', {k: asked.get(k) for k in SAME}
+    at, about = out/'checkpoints', {k: asked.get(k) for k in SAME} | asked.get('moved', {})
     saved = Checkpoint(at, about, dict(asked=asked, provenance=around), again)
     tracker = [Tracker(asked['tracker'], out/'trackers')] if asked['tracker'] else []
     return [*[Resume(at, about, around)]*again, Record(out, asked, again), plan, Timer(), Alarms(exam, 10),
@@ -210,7 +210,7 @@ def fine_tune(out:Path, # Folder of the run
               again:bool=False # Go on from its newest checkpoint?
              )->dict: # The report
     "One run from its settings to its report"
-    options = {k: v for k, v in asked.items() if k not in ('tracker', 'run')} | dict(reward=reward)
+    options = {k: v for k, v in asked.items() if k not in ('tracker', 'run', 'moved')} | dict(reward=reward)
     job, t0 = job_of(**options), time.time()
     if first_process(): print(f'weights, log and report go to {out}; sharpen plan prints the whole plan')
     model, run, held = job.model, job.run, job.held

@@ -103,6 +103,11 @@ def _refuse(name, was, now):
     raise ValueError(f'resume: {name} was {was!r} when this run was started, and is {now!r} now; '
                      f'{how}, or start another run with another --out')
 
+# %% ../../nbs/12_training/10_record.ipynb #c493e302
+def _gone(name, path): # Was this a file or folder that is no longer there? FILE:COLUMN is one of a file
+    if name not in PATHS or not path or not Path(path).is_absolute(): return False
+    return not any(Path(o).exists() for o in (path, path.rpartition(':')[0] or path))
+
 # %% ../../nbs/12_training/10_record.ipynb #2b587419
 def going_on(was:dict, # The record of a run
              typed:dict, # Options that were given beside `--resume`; settings under `changes`
@@ -111,7 +116,9 @@ def going_on(was:dict, # The record of a run
     "What a run is asked for when it goes on"
     asked = record(**{**was, **{k: v for k, v in typed.items() if k != 'changes'}})
     for k in typed.keys() - {'changes', *HARMLESS}:
-        if asked[k] != was.get(k): _refuse(k, was.get(k), asked[k])
+        if asked[k] == was.get(k): continue
+        if not _gone(k, was.get(k)): _refuse(k, was.get(k), asked[k])
+        asked['moved'] = {k: was[k]} | asked.get('moved', {})    # where it lay when the run was started
     asked['changes'] = was['changes'] | typed.get('changes', {})
     old, new = effective(was), effective(asked)
     for k in sorted(old.keys() | new.keys()):
