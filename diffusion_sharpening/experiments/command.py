@@ -109,11 +109,11 @@ def tries_of(folder:str, # Of an experiment
     file = Path(folder)/'experiment.json'
     if not file.exists(): raise ValueError(f'like: expected the folder of an experiment, found {folder}')
     was = read_json(file)['asked']
-    if not any((Path(folder)/'tries').glob('*.json')):
-        raise ValueError(f'like: expected an experiment that was tuned, found {folder}')
-    if (was['model'], was['reward']) == (model, reward): return Path(folder)/'tries'
-    raise ValueError(f"like: expected an experiment on {model} with {reward}, "
-                     f"found {was['model']} with {was['reward']}")
+    if (was['model'], was['reward']) != (model, reward):
+        raise ValueError(f"like: expected an experiment on {model} with {reward}, "
+                         f"found {was['model']} with {was['reward']}")
+    if any((tries := Path(folder)/'tries').glob('*.json')): return tries
+    raise ValueError(f'like: expected an experiment that was tuned, found {folder}')
 
 # %% ../../nbs/14_experiments/14_command.ipynb #1b88d620
 def _tell(name, rec): # Says what a run or a try came to
