@@ -61,7 +61,7 @@ def test_a_command_trains_and_samples(tmp_path, capsys):
 
 @pytest.mark.parametrize('odd, said', [
     (dict(px=64), 'px: models of layouts make no pictures'), (dict(precision='bfloat16'), 'expected float32'),
-    (dict(reward='clip@shapes'), 'images: expected'), (dict(prompts='shapes'), 'prompt: expected')])
+    (dict(reward='clip@shapes'), "'clip' judges pictures"), (dict(prompts='shapes'), 'prompt: expected')])
 def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, odd, said):
     with pytest.raises(ValueError, match=said) as e:
         train_command('graft', 'layouts', out=tmp_path/'run', heldout=4, steps=1, **odd)

@@ -99,7 +99,7 @@ def test_a_command_trains_samples_and_measures(tmp_path, capsys):
 @pytest.mark.parametrize('odd, said', [
     (dict(px=64), 'px: models of molecules make no pictures'),
     (dict(precision='bfloat16'), 'expected float32'),
-    (dict(reward='clip@shapes'), 'images: expected'), (dict(reward='tidy'), 'pages: expected'),
+    (dict(reward='clip@shapes'), "'clip' judges pictures"), (dict(reward='tidy'), 'pages: expected'),
     (dict(prompts='layouts'), 'prompt: expected'), (dict(reward='molecule'), 'is the exam')])
 def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, odd, said):
     with pytest.raises(ValueError, match=said) as e:
