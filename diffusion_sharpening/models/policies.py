@@ -72,7 +72,7 @@ def _check_new(pol, name, rank, targets):  # Can this adapter be added?
     if pol.full: raise ValueError('LoRA: every weight of this network is trained already; load it again')
     if not name.isidentifier(): raise ValueError(f'LoRA name: expected letters, digits and _; found {name!r}')
     if name in getattr(pol.net, 'peft_config', {}):
-        raise ValueError(f'LoRA name: {name!r} is there already; choose another')
+        raise ValueError(f'LoRA name: {name!r} is there already; choose another, or load the model anew')
     if rank < 1: raise ValueError(f'LoRA rank: expected at least 1, found {rank}')
     if not any(f'.{m}'.endswith(tuple(f'.{o}' for o in targets)) for m, _ in pol.net.named_modules()):
         raise ValueError(f'LoRA targets: no layer of this network is called {", ".join(targets)}')
