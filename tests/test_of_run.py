@@ -3,8 +3,11 @@ import json, os
 import pytest, torch
 from PIL import Image
 
+from diffusion_sharpening.basics.files import new_mode
 from diffusion_sharpening.commands import cli
+from diffusion_sharpening.commands.load import load_model
 from diffusion_sharpening.models.tiny import tiny_sdxl
+from diffusion_sharpening.training.record import absolute_reward
 
 torch.set_num_threads(1)
 FEW = '--steps 1 --S-eval 2 --set batch=2 rank=2'.split()
@@ -109,3 +112,23 @@ def test_a_run_goes_on_after_model_and_prompts_have_moved(at, capsys):
     (at/'second-xl').rename(at/'third-xl')
     go(*again[:5], 3, '--model', at/'third-xl')
     assert json.loads((at/'moved'/'report.json').read_text())['batches'] == 3
+
+
+def test_a_reward_whose_key_was_held_back_is_asked_for(at):
+    run = at/'keyed'
+    trained(at, 'keyed', 'rlhf', '--prompts', at/'prompts.txt')
+    told = json.loads((run/'run.json').read_text())
+    told['reward'] = absolute_reward('remote@http://host/score?key=abc')
+    (run/'run.json').write_text(json.dumps(told))
+    with pytest.raises(ValueError, match='has not written down all of .*; name it'):
+        cli.run(['evaluate', '--lora', str(run), '--S', '1'])
+    go('evaluate', '--lora', run, '--S', 1, '--reward', f'{at}/mine.py:redness')
+
+
+def test_weights_beside_a_saved_pipeline_stay_as_they_are(at):
+    mine = at/'saved'/'mine.safetensors'
+    mine.parent.mkdir()
+    mine.write_bytes(b'not even a head'); mine.chmod(0o600)
+    load_model(str(at/'xl')).save_pipeline(at/'saved')
+    assert mine.read_bytes() == b'not even a head' and mine.stat().st_mode & 0o777 == 0o600
+    assert (at/'saved'/'unet'/'diffusion_pytorch_model.safetensors').stat().st_mode & 0o777 == new_mode()

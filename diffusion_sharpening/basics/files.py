@@ -63,10 +63,11 @@ def order_head(path # Safetensors
     with open(path, 'r+b') as f:
         n = int.from_bytes(f.read(8), 'little')
         head = json.loads(f.read(n))
-        head = dict(__metadata__=dict(sorted(head.pop('__metadata__', {}).items()))) | head
+        if '__metadata__' not in head: return
+        head = dict(__metadata__=dict(sorted(head.pop('__metadata__').items()))) | head
         text = json.dumps(head, ensure_ascii=False, separators=(',', ':')).encode()
-        if len(text) > n: return                                            # never seen
-        f.seek(8); f.write(text.ljust(n))
+        f.seek(8)
+        if len(text) <= n: f.write(text.ljust(n))       # the texts are the same, and so is their length
 
 # %% ../../nbs/01_basics/02_files.ipynb #437f53b3
 def save_tensors(path, # File to write or to replace
@@ -86,7 +87,9 @@ def save_tensors(path, # File to write or to replace
 def as_new_files(folder # Holds safetensors, at any depth
                 )->Path: # The folder
     "Give weights that another library wrote the permissions of new files, and an ordered head"
-    for p in Path(folder).rglob('*.safetensors'): order_head(p); p.chmod(new_mode())
+    for p in Path(folder).rglob('*.safetensors'):
+        if p.is_symlink(): continue                                     # what it leads to is not ours
+        order_head(p); p.chmod(new_mode())
     return Path(folder)
 
 # %% ../../nbs/01_basics/02_files.ipynb #2db486d3

@@ -28,7 +28,8 @@ def reachable(patience:float=5. # Seconds
     "Is there a way to the Hub? Asked again after a minute"
     from huggingface_hub import constants
     if constants.HF_HUB_OFFLINE: return False
-    return bool(getproxies()) or _reachable(constants.ENDPOINT, int(time.time()//60), patience)
+    if {'https', 'http', 'all'} & getproxies().keys(): return True
+    return _reachable(constants.ENDPOINT, int(time.time()//60), patience)
 
 # %% ../../nbs/01_basics/11_hub.ipynb #b4e3d346
 @contextmanager

@@ -16,6 +16,7 @@ from ..evaluation.measure import evaluate as measure, report
 from ..evaluation.tables import measured_table
 from ..names.catalog import load_reward
 from ..training.advice import pictures_at_once
+from ..training.record import holds_back
 from ..worlds.world import usual_reward, world_of
 
 # %% ../../nbs/13_commands/11_evaluate.ipynb #dd3c8991
@@ -40,10 +41,11 @@ def evaluate(
     if seen := trained_on(texts, model, lora):
         warnings.warn(f'prompts: {seen} of {len(texts)} are among those that {lora} was trained on; '
                       'their scores say little about other prompts')
-    reward = as_of_run(lora, model, reward=reward)['reward'] or usual_reward(model)
+    own = as_of_run(lora, model, reward=reward, guidance=guidance, px=px, variant=variant)
+    reward = own.pop('reward') or usual_reward(model)
+    if holds_back(reward): raise ValueError(f'reward: {lora} has not written down all of {reward}; name it')
     r = load_reward(reward, world and world.name, train=False)
-    d = load_model(model, lora=lora, eta=eta,
-                   **as_of_run(lora, model, guidance=guidance, px=px, variant=variant))
+    d = load_model(model, lora=lora, eta=eta, **own)
     chunk, d = pictures_at_once(d), as_trained(d, lora, S)
     asked, _ = check_judges(judges(r, texts, model), texts, d)
     d.say_cut(texts)

@@ -87,8 +87,9 @@ def dear(arms:dict, # Name → arm
     "What no longer is equal compute: every method learns from at least one batch"
     costs = {k: batch_cost(*a.made()) for k, a in arms.items() if isinstance(a, Arm)}
     over = [f'{k} {v:.0f}' for k, v in costs.items() if v > 1.5*budget]
-    return f"warning: {budget:g} evaluations pay for less than one batch, which each makes all the same: " \
-           f"{', '.join(over)}"*bool(over)
+    if not over: return ''
+    return (f'warning: {budget:g} evaluations pay for less than one batch, which each makes all the same: '
+            f"{', '.join(over)}")
 
 # %% ../../nbs/14_experiments/14_command.ipynb #11bced3a
 def write_figures(found:dict, # From `compared`

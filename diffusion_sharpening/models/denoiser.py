@@ -310,7 +310,8 @@ def save_pipeline(self:Denoiser,
         raise ValueError('save_pipeline: the text encoders were freed; they are part of a pipeline')
     if self.policies.carried or self.named and not self.full:
         raise ValueError('save_pipeline: there are adapters; use save_lora')
-    self.pipe.save_pretrained(dir); as_new_files(dir)
+    self.pipe.save_pretrained(dir)
+    for part in self.pipe.components: as_new_files(Path(dir)/part)
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #3e6a3815
 @patch
