@@ -532,7 +532,7 @@ def test_guidance_of_a_method_and_of_a_model(xl, tmp_path, monkeypatch, capsys):
     (one, plain), (two, asked), (same, spared) = found.values()
     assert two == same == 2*one and plain == spared < asked
     capsys.readouterr()
-    for line in (['train', 'rlhf', '--help'], ['methods', '--method', 'contrast']):
+    for line in (['train', 'rlhf', '--help'], ['methods', 'contrast']):
         assert cli.run(line) == 0
         assert 'of its rollouts alone (--set guidance=3)' in capsys.readouterr().out
     alone = ['--out', tmp_path/'x', '--set', 'guidance=3']

@@ -69,7 +69,7 @@ EXAMPLES = {
     'push': ['sharpen push runs/first me/sharper --dry-run'],
     'experiment': ['sharpen experiment comparison --quick --only "NFT; DDPO; GRAFT"',
                    'sharpen experiment fractions --seeds 5'],
-    'methods': ['sharpen methods', 'sharpen methods --method contrast', 'sharpen methods --json'],
+    'methods': ['sharpen methods', 'sharpen methods contrast', 'sharpen methods --json'],
     'rewards': ['sharpen rewards']}
 
 # %% ../../nbs/13_commands/16_cli.ipynb #6cbe7dbf
@@ -157,10 +157,11 @@ def finite(value:str)->float:
 READ = {str: text, int: whole, float: finite}
 
 # %% ../../nbs/13_commands/16_cli.ipynb #d261db31
-def _add(p, a): # One argument
+def _add(p, a, alone): # One argument; `alone`: the only one of its command
     flag, kind = f"--{a.name.replace('_', '-')}", READ.get(a.kind, a.kind)
     note = a.note.replace('%', '%%')
-    if a.required: return p.add_argument(a.name, type=kind, help=note)
+    if a.required or alone:
+        return p.add_argument(a.name, type=kind, help=note, **({} if a.required else dict(nargs='?')))
     shown = note if a.default is None else f"{note} (default: {a.default})".strip().replace("(default: )", "")
     if a.kind is bool: return p.add_argument(flag, action=argparse.BooleanOptionalAction, help=shown)
     more = dict(nargs='?', const='') if a.name == 'resume' else {}
@@ -179,7 +180,7 @@ def parser(name:str # One of `COMMANDS`
     p = Parser(f'sharpen {name}', description=about(name), argument_default=argparse.SUPPRESS,
                epilog='\n  '.join(['examples:', *EXAMPLES[name]]), allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
-    for a in ARGUMENTS[name]: _add(p, a)
+    for a in ARGUMENTS[name]: _add(p, a, len(ARGUMENTS[name]) == 1)
     if COMMANDS[name].settings: _more_settings(p)
     if COMMANDS[name].json: p.add_argument('--json', action='store_true', help='Print JSON')
     return p

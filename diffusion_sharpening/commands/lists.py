@@ -84,7 +84,7 @@ def methods_said(found:list # From `methods`
                 )->str:
     "One method with all its settings, or several in two lines each"
     if len(found) == 1: return method_page(found[0])
-    more = 'sharpen methods --method NAME lists presets and settings'
+    more = 'sharpen methods NAME lists presets and settings'
     return '\n'.join([*map(short_said, found), '', more])
 
 # %% ../../nbs/13_commands/13_lists.ipynb #49e106a7

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from torch import Tensor
 from ..basics.seeds import START, noise
-from ..basics.stats import interval
+from ..basics.stats import interval, share
 from .alarms import picture_stats
 from ..maths.rollout import rollout
 from ..worlds.exam import all_hold
@@ -99,12 +99,13 @@ def measures(e:Evaluation # What was measured
 
 # %% ../../nbs/11_evaluation/01_measure.ipynb #3e0e0a95
 def by_groups(scores:Tensor, # `(N,)`
-              prompts:list # Their texts
+              prompts:list, # Their texts
+              of=interval # Of numbers; `share` of marks
              )->dict: # 'overall' and the groups of the prompts' world → interval
     "Means with intervals over all prompts and over each group"
     world = world_of_prompts(prompts)
     groups = world.by_group(scores, prompts) if world else {}
-    return dict(overall=interval(scores)) | {g: interval(v) for g, v in groups.items()}
+    return dict(overall=of(scores)) | {g: of(v) for g, v in groups.items()}
 
 # %% ../../nbs/11_evaluation/01_measure.ipynb #eea33425
 def statistics(images:Tensor, # Pictures `(N, 3, H, W)` in [0, 1], or things of a world
@@ -124,8 +125,9 @@ def sampler(e:Evaluation # What was measured
 def report(e:Evaluation # What was measured
           )->dict: # `judges` (name → group → interval), `image_stats`, `sampler`
     "The numbers of one evaluation"
-    return dict(judges={k: by_groups(v, e.prompts) for k, v in measures(e).items()},
-                image_stats=_means(e), sampler=sampler(e))
+    def of(k): return interval if k in e.scores else share
+    judges = {k: by_groups(v, e.prompts, of(k)) for k, v in measures(e).items()}
+    return dict(judges=judges, image_stats=_means(e), sampler=sampler(e))
 
 def _means(e): return {k: v.mean().item() for k, v in statistics(e.images, e.prompts).items()}
 

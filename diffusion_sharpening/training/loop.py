@@ -101,6 +101,9 @@ def stopping(s:State):
 # %% ../../nbs/12_training/02_loop.ipynb #ec95ecea
 def prepare(model, run:Run, method):
     "Add what learns, and what the method keeps beside it"
+    if has := ', '.join(model.named):
+        raise ValueError(f'train: expected a model as it was loaded, found one with weights of its own '
+                         f'({has}); load it anew, and let `Resume` go on with a run of before')
     model.cast(run.precision)
     many = run.shard and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
     layers = ATTENTION if run.layers == 'attention' else LINEAR
