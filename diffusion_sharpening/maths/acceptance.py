@@ -18,13 +18,13 @@ def _luck(seeds): # A number in (0, 1) of each sample
 
 def accept_classical(R:Tensor, # Rewards `(n, B)`
                      seeds:Tensor, # int64 `(n, B)`
-                     alpha:float, # Temperature, in units of the reward
+                     tau:float, # Temperature, in units of the reward
                      best:float=None # Largest possible reward; None: that of the samples of the prompt
                     )->Tensor: # bool `(n, B)`
-    "Rejection sampling: accept with chance `exp((R - best)/alpha)`"
+    "Rejection sampling: accept with chance `exp((R - best)/tau)`"
     top = R.amax(0) if best is None else best
     if (R > top).any(): raise ValueError(f'best: expected no reward above {best}, found {R.max():.4g}')
-    return _luck(seeds).to(R.device) < ((R - top)/alpha).exp()
+    return _luck(seeds).to(R.device) < ((R - top)/tau).exp()
 
 # %% ../../nbs/02_maths/08_acceptance.ipynb #0fc65327
 def accept_chance(R:Tensor, # Rewards in [0, 1] `(n, B)`
@@ -50,7 +50,8 @@ def accept_softmax(R:Tensor, # Rewards `(n, B)`
                   )->Tensor: # bool `(n, B)`, one for each prompt
     "Accept one sample of each prompt, drawn with probabilities `softmax(R/tau)`"
     gumbel = -(-_luck(seeds).to(R.device).log()).log()
-    return torch.zeros_like(R, dtype=torch.bool).scatter_(0, (R/tau + gumbel).argmax(0)[None], True)
+    best = ((R - R.amax(0))/tau + gumbel).argmax(0)
+    return torch.zeros_like(R, dtype=torch.bool).scatter_(0, best[None], True)
 
 # %% ../../nbs/02_maths/08_acceptance.ipynb #23d1a025
 def once(ok:Tensor, # bool `(n, B)`: accepted
@@ -63,17 +64,17 @@ def once(ok:Tensor, # bool `(n, B)`: accepted
 
 # %% ../../nbs/02_maths/08_acceptance.ipynb #26fdd052
 def top_shape(u:Tensor, # Ranks in [0, 1]
-              M:int, # Samples
+              n:int, # Samples
               K:int=1 # Accepted
              )->Tensor: # Shape of `u`: chance of a sample of this rank
-    "How likely the `K` best of `M` hold a sample of a rank"
-    return sum(math.comb(M-1, k)*u**(M-1-k)*(1-u)**k for k in range(K))
+    "How likely the `K` best of `n` hold a sample of a rank"
+    return sum(math.comb(n-1, k)*u**(n-1-k)*(1-u)**k for k in range(K))
 
 # %% ../../nbs/02_maths/08_acceptance.ipynb #26c66591
-def top_kl(M:int, # Samples
+def top_kl(n:int, # Samples
            K:int=1, # Accepted
            points:int=20_000 # Of the sum
           )->float:
     "Divergence of the accepted samples from the base law: `∫ h log h` of the density of ranks"
-    h = M/K*top_shape((torch.arange(points, dtype=torch.float64) + .5)/points, M, K)
+    h = n/K*top_shape((torch.arange(points, dtype=torch.float64) + .5)/points, n, K)
     return torch.special.xlogy(h, h).mean().item()
