@@ -11,6 +11,7 @@ from functools import lru_cache
 import math
 import numpy as np
 import torch
+from .words import counted
 
 # %% ../../nbs/01_basics/03_stats.ipynb #20b15d82
 @lru_cache
@@ -30,10 +31,11 @@ def numbers(values:list # Numbers, as they come from JSON; None where one is mis
     return torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
 
 # %% ../../nbs/01_basics/03_stats.ipynb #18ca8919
-def interval(x:Tensor, # One number per thing `(N,)`; NaN where it is missing
+def interval(x, # One number per thing `(N,)`, NaN where it is missing; or a list, with None there
              over:str='prompts' # What the things are
             )->dict: # `mean`, `low`, `high` (None without a score), `over`, and `missing` if any are
     "Mean with its 95 % interval"
+    x = numbers(x) if isinstance(x, list) else x
     there = x.double()[~x.isnan()]; n = len(there); gone = len(x) - n
     if not len(x): raise ValueError('interval: expected at least one score, found none')
     what = over.removesuffix('s') if n == 1 else over
@@ -44,10 +46,11 @@ def interval(x:Tensor, # One number per thing `(N,)`; NaN where it is missing
     return out | dict(low=out['mean'] - half, high=out['mean'] + half)
 
 # %% ../../nbs/01_basics/03_stats.ipynb #db9428b7
-def share(x:Tensor, # Marks, 0 or 1, `(N,)`; NaN where one is missing
+def share(x, # Marks, 0 or 1, `(N,)`, NaN where one is missing; or a list, with None there
           over:str='prompts' # What the things are
          )->dict: # As from `interval`; ValueError for any other number
     "Share of the marks that are 1, with Wilson's 95 % interval"
+    x = numbers(x) if isinstance(x, list) else x
     out, there = interval(x, over), x.double()[~x.isnan()]; n, p, z = len(there), out['mean'], 1.959964
     if not ((there == 0) | (there == 1)).all(): raise ValueError(f'share: expected 0s and 1s, found {there}')
     if n < 2: return out
@@ -66,18 +69,22 @@ def crossed(x:Tensor # Numbers `(…, S, N)`, S ≥ 2 seeds by N ≥ 2 prompts
     return m[..., 0, 0], ((of_seeds + t_quantile(N - 1)**2*prompts)/(S*N)).sqrt()
 
 # %% ../../nbs/01_basics/03_stats.ipynb #248c9d09
-def over_seeds(x:Tensor, # Numbers `(S, N)`, a row for each seed; NaN where one is missing
+def over_seeds(x, # Numbers `(S, N)`, a row for each seed, NaN where one is missing; or a list of lists
                over:str='prompts' # What the columns are
               )->dict: # As from `interval`, over seeds and prompts
     "Mean with its 95 % interval over seeds and prompts"
+    x = torch.stack([numbers(o) for o in x]) if isinstance(x, list) else x
     S, N, x = *x.shape, x[:, ~x.isnan().any(0)].double()
     none = dict(mean=None, low=None, high=None, over=f'{S} seeds × 0 {over}', missing=N)
     if N > x.shape[1] == 0: return none
     gone = dict(missing=N - x.shape[1]) if x.shape[1] < N else {}
-    if min(x.shape) < 2: return interval(x.mean(0), f'{over} of {S} seed' + 's'*(S > 1)) | gone
+    if min(x.shape) < 2: return _of_one(interval(x.mean(0), over), S) | gone
     mean, half = crossed(x)
     return dict(mean=mean.item(), low=(mean - half).item(), high=(mean + half).item(),
                 over=f'{S} seeds × {x.shape[1]} {over}') | gone
+
+def _of_one(i, S): # An interval over the one of two factors that there is more than one of
+    return i | dict(over=f"{i['over']} of {counted(S, 'seed')}")
 
 # %% ../../nbs/01_basics/03_stats.ipynb #5cbccb0e
 def shown(i:dict, # From `interval` or `over_seeds`; None for a mean or bound that is not there

@@ -10,6 +10,7 @@ import torch
 from dataclasses import dataclass, field
 from torch import Tensor
 from ..basics.seeds import fold
+from ..basics.words import listed
 from .latents import Latents, conditioning, dropped
 from .tables import rows
 
@@ -29,13 +30,13 @@ class Prompts:
     "Prompts alone, for methods that make their own samples"
     def __init__(self,
         model, # Encodes the prompts
-        prompts:list, # Texts
+        prompts:list, # Texts, or one of them
         size:int=8, # Prompts per batch, over all processes
         seed:int=0, # Of the run
         drop:float=0. # Share of captions that the model is not told, for classifier-free guidance
     ):
-        if not prompts: raise ValueError('source: expected at least one prompt, found none')
-        self.model, self.prompts, self.size, self.seed, self.drop = model, list(prompts), size, seed, drop
+        self.model, self.prompts, self.size, self.seed, self.drop = model, listed(prompts), size, seed, drop
+        if not self.prompts: raise ValueError('source: expected at least one prompt, found none')
 
     def rows(self, k:int) -> list:
         "Which prompts batch `k` takes"

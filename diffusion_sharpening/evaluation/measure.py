@@ -13,8 +13,10 @@ from itertools import zip_longest
 from torch import Tensor
 from ..basics.seeds import START, noise
 from ..basics.stats import interval, share
+from ..basics.words import listed
 from .alarms import picture_stats
-from ..maths.rollout import rollout
+from ..maths.rollout import own_eta, rollout
+from ..rewards.own import as_judge
 from ..worlds.exam import all_hold
 from ..worlds.world import WORLDS
 
@@ -48,18 +50,18 @@ def start_seeds(seed:int, # A whole number of 64 bits, signed or not
 # %% ../../nbs/11_evaluation/01_measure.ipynb #87d67a37
 def evaluate(model, # Any model
              prompts:list, # Texts
-             judges:dict, # Name → reward
+             judges:dict, # Name → reward or function
              S:int=20, # Sampler steps
              eta:float=None, # 0: deterministic … 1: ancestral; None: the model's own
              seed:int=0, # Start noise of the i-th prompt comes from `seed·10⁶ + i`
              chunk:int=32 # Pictures made at once
             )->Evaluation: # ValueError without prompts or steps
     "Sample one picture per prompt and score it"
+    prompts, eta = listed(prompts), own_eta(model, eta)
     if not prompts: raise ValueError('evaluate: expected at least one prompt, found none')
     if S < 1: raise ValueError(f'evaluate: expected at least one sampler step, found {S}')
     from tqdm.auto import tqdm
     cond, seeds, ts = model.encode(prompts), start_seeds(seed, len(prompts)), model.grid(S)
-    eta = model.eta if eta is None else eta
     ends, nfe = [], 0
     with tqdm(total=len(prompts), desc='evaluating', unit='picture', disable=None, leave=False) as bar:
         for i in range(0, len(prompts), chunk):
@@ -70,8 +72,8 @@ def evaluate(model, # Any model
             nfe += tr.nfe
             bar.update(len(x))
     images = torch.cat(ends)
-    scores = {k: r(images, prompts) for k, r in judges.items()}
-    return Evaluation(list(prompts), images, scores, nfe/len(prompts), seed, eta, float(model.guidance),
+    scores = {k: as_judge(r)(images, prompts) for k, r in judges.items()}
+    return Evaluation(prompts, images, scores, nfe/len(prompts), seed, eta, float(model.guidance),
                       ts.tolist())
 
 # %% ../../nbs/11_evaluation/01_measure.ipynb #c7db96ac

@@ -129,11 +129,12 @@ EXPERIMENTS = dict(
 
 # %% ../../nbs/14_experiments/10_arms.ipynb #77f88a9d
 def arms_of(name:str, # One of `EXPERIMENTS`
-            only:str='', # Names of arms with semicolons between them; empty: all
+            only:str='', # Arms with semicolons between them: names, or path/to/file.py:MyMethod; empty: all
             differentiable:bool=True # Does the reward let gradients pass?
            )->dict: # Name → `Arm` or `Searched`; ValueError suggests the nearest name
     "The arms of an experiment; without those that follow a gradient the reward does not have"
     arms = EXPERIMENTS[one_of(name, list(EXPERIMENTS), 'experiment')]
-    asked = [one_of(k.strip(), list(arms), 'arm') for k in only.split(';')] if only else list(arms)
+    named = lambda k: Arm(k) if ':' in k else arms[one_of(k, list(arms), 'arm')]
+    found = {k: named(k) for k in map(str.strip, only.split(';'))} if only else arms
     can = lambda a: differentiable or isinstance(a, Searched) or not a.needs_gradient
-    return {k: arms[k] for k in asked if can(arms[k])}
+    return {k: a for k, a in found.items() if can(a)}

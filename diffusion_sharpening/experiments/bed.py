@@ -15,7 +15,7 @@ from ..commands.load import load_model
 from ..evaluation.measure import Evaluation, evaluate, measures, start_seeds, statistics
 from .arms import Arm, Searched, batch_cost, steps_for
 from ..names.catalog import load_reward
-from ..search.catalog import SEARCHES
+from ..search.catalog import find_search
 from ..training.callbacks import Validate
 from ..training.loop import train
 from ..worlds.world import usual_reward, world_of
@@ -78,7 +78,7 @@ def searched(arm:Searched, # A search
              bed:Bed, seed:int # Where, and the seed of the start noise
             )->Evaluation:
     "What a search finds for the prompts of a test bed"
-    model, texts, find = load_model(bed.model, eta=bed.eta), bed.prompts, SEARCHES[arm.search]
+    model, texts, find = load_model(bed.model, eta=bed.eta), bed.prompts, find_search(arm.search)
     seeds, found = start_seeds(seed, len(texts)), []
     for i in range(0, len(texts), 8):
         own = slice(i, i + 8)

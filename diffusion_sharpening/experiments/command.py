@@ -135,7 +135,7 @@ def experiment(
     quick:bool=False, # No tuning, a sixteenth of the budget, 32 prompts, one look
     also:str=None, # Further judges, with commas between them
     eta:float=None, # Fresh noise of the sampler, 0: none; None: as the world samples
-    only:str='', # Some of the arms, with semicolons between them
+    only:str='', # Arms with semicolons between them; a method of yours: path/to/file.py:MyMethod
     like:str=None, # Folder of an experiment whose tuning is taken; None: tunes itself
     out:str=None # Folder; None: runs/NAME-MODEL
 )->dict: # Name of the arm → `value`, `change`, `sets`, `curve`, costs

@@ -23,7 +23,7 @@ def time_grid(
 ) -> Tensor: # int64 `(S+1,)`, descending, ends in -1
     "Times a `VP` sampler of `S` steps visits, and then the clean end"
     one_of(spacing, ['leading', 'trailing', 'linspace'], 'spacing')
-    if not 1 <= S <= T: raise ValueError(f'S: expected 1…{T} sampler steps, found {S}')
+    if not 1 <= S <= T or S != int(S): raise ValueError(f'S: expected 1…{T} sampler steps, found {S}')
     if spacing == 'leading': t = torch.arange(S - 1, -1, -1)*(T//S) + offset
     elif spacing == 'trailing': t = (T - torch.arange(S, dtype=torch.float64)*(T/S)).round() - 1
     else: t = torch.linspace(T - 1, 0, S, dtype=torch.float64).round() if S > 1 else torch.zeros(1)
@@ -37,7 +37,7 @@ def flow_grid(
     shift:float=1. # > 1: more steps at high noise
 ) -> Tensor: # float32 `(S+1,)`, from 1 down to 0
     "Times a `Flow` sampler of `S` steps visits"
-    if S < 1: raise ValueError(f'S: expected at least 1 sampler step, found {S}')
+    if S < 1 or S != int(S): raise ValueError(f'S: expected at least 1 sampler step, found {S}')
     t = torch.linspace(1, 0, S + 1)
     return shift*t/(1 + (shift - 1)*t)
 

@@ -42,6 +42,7 @@ class Accepting(Counting):
 
     def start(self, model):
         "The policy that samples begins as the base"
+        super().start(model)
         if self.once and not hasattr(model, 'keys'):
             raise ValueError('once: expected a model whose `keys` say which samples are equal, '
                              f'found {type(model).__name__} without')

@@ -32,6 +32,10 @@ class AgainstUsual(PolicyGradient):
         super().__post_init__()
         if self.least > self.memory:
             raise ValueError(f'least: expected at most memory={self.memory}, found {self.least}')
+        self.start(None)
+
+    def start(self, model):
+        "Nothing is remembered"
         self.rewards, self.seen = RewardMemory(self.memory, self.least), None
 
     def standing(self, R, prompts)->tuple:

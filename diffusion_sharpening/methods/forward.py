@@ -61,6 +61,7 @@ class Forward(Counting):
 
     def start(self, model):
         "Copies begin as the policy"
+        super().start(model)
         for name in sorted(self.copies()): model.copy_adapter('policy', name)
 
     def collect(self, model, judge, batch) -> Lesson:
@@ -74,8 +75,7 @@ class Forward(Counting):
         rows = self.rows(columns)
         times = len(rows['A'])//len(batch)
         use = (~tied(R)).float().repeat(times)
-        return Lesson(rows, repeated(batch.cond, times), use, summary(R) | ties(R), pictures,
-                      means=means)
+        return Lesson(rows, repeated(batch.cond, times), use, summary(R) | ties(R), pictures, means=means)
 
     def rows(self, columns:dict) -> dict:
         "Candidates `(n, B, …)` as rows, once for each noise"

@@ -16,7 +16,7 @@ from .cond import Cond, Features
 from .families import family_of
 from .loading import dtype_of, in_precision, load_pipeline, load_vae
 from .learner import Learner
-from .policies import Policies
+from .policies import policies_of
 from .schedulers import (
     few_steps_line, is_flow, path_of, scheduler_line)
 
@@ -36,10 +36,10 @@ class Denoiser(Learner):
     ):
         self.pipe, self.family = pipe, family_of(pipe)
         self.guidance, self.negative, self.eta = float(guidance), negative, float(eta)
+        self.policies = policies_of(getattr(pipe, self.family.network))
         for m in pipe.components.values():
-            if isinstance(m, torch.nn.Module): m.requires_grad_(False).eval()
+            if isinstance(m, torch.nn.Module) and m is not self.policies.net: m.requires_grad_(False).eval()
         keep_in_range(pipe.vae)
-        self.policies = Policies(getattr(pipe, self.family.network))
         self.dtype, self.device, self.score_vae = self.policies.net.dtype, pipe.device, score_vae
         self.schedule, flow, cfg = path_of(pipe.scheduler), is_flow(pipe.scheduler), pipe.scheduler.config
         self.kind = 'flow' if flow else cfg.prediction_type

@@ -11,7 +11,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..basics.seeds import START, noise
 from ..basics.words import one_of
-from ..maths.rollout import rollout
+from ..maths.rollout import own_eta, rollout
 from ..maths.schedules import to_x0_eps
 from .policies import ATTENTION, Policies
 from .protocol import denoising_loss
@@ -60,6 +60,13 @@ def add_full(self:Learner,
 ) -> Learner:
     "Train every weight of the network, in float32 (under autocast, if loaded in half precision)"
     self.policies.add_full(keep_base=keep_base)
+    return self
+
+# %% ../../nbs/03_models/08_learner.ipynb #39c77c8c
+@patch
+def reset(self:Learner) -> Learner:
+    "The model as it was loaded, for another training: what was added is taken away"
+    self.policies.reset()
     return self
 
 # %% ../../nbs/03_models/08_learner.ipynb #9e07181d
@@ -182,7 +189,7 @@ def sample(self:Learner,
     show:bool=True # False: items
 ) -> Tensor: # Things `(B, …)`, or items `(B, *item)`
     "One thing per prompt"
-    cond, eta = self.encode(prompts), self.eta if eta is None else eta
+    cond, eta = self.encode(prompts), own_eta(self, eta)
     seeds = torch.arange(len(cond)) if seeds is None else torch.as_tensor(seeds).flatten()
     if len(seeds) != len(cond):
         raise ValueError(f'seeds: expected {len(cond)}, one per prompt; found {len(seeds)}')

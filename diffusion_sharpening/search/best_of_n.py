@@ -9,9 +9,9 @@ __all__ = ['best_of_n']
 import torch
 from torch import Tensor
 from ..basics.seeds import START, noise
-from ..maths.rollout import Meter
+from ..maths.rollout import Meter, own_eta
 from .protocol import (
-    Found, Verifier, affordable, candidate_seeds, found, own_eta, samples)
+    Found, Verifier, affordable, candidate_seeds, found, samples)
 
 # %% ../../nbs/09_search/01_best_of_n.ipynb #a893b8da
 @torch.no_grad()

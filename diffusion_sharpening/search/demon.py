@@ -8,10 +8,10 @@ __all__ = ['spread', 'tanh_weights', 'softmax_weights', 'linear_weights', 'mixed
 # %% ../../nbs/09_search/05_demon.ipynb #47881898
 import torch
 from torch import Tensor
-from ..maths.rollout import Meter, rollout
+from ..maths.rollout import Meter, rollout, own_eta
 from ..maths.schedules import pad_right
 from .protocol import (
-    Found, Verifier, affordable, between, branches, found, own_eta, steered)
+    Found, Verifier, affordable, between, branches, found, steered)
 
 # %% ../../nbs/09_search/05_demon.ipynb #363dca16
 def spread(v:Tensor, # Values `(K, B)`, at least two of each prompt

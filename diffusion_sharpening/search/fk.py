@@ -9,10 +9,10 @@ __all__ = ['drawn', 'Particles', 'fk']
 import torch
 from torch import Tensor
 from ..basics.seeds import START, noise, stream
-from ..maths.rollout import Meter, rollout
+from ..maths.rollout import Meter, rollout, own_eta
 from ..maths.schedules import pad_right
 from .protocol import (
-    Found, Verifier, affordable, between, candidate_seeds, found, own_eta, take)
+    Found, Verifier, affordable, between, candidate_seeds, found, take)
 
 # %% ../../nbs/09_search/06_fk.ipynb #da73d894
 def drawn(w:Tensor, # Weights `(n, B)`, summing to 1

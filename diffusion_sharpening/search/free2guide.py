@@ -8,9 +8,9 @@ __all__ = ['best_branch', 'free2guide']
 # %% ../../nbs/09_search/04_free2guide.ipynb #a558669e
 import torch
 from torch import Tensor
-from ..maths.rollout import Meter
+from ..maths.rollout import Meter, own_eta
 from .protocol import (
-    Found, Verifier, affordable, best, between, branches, found, own_eta, steered)
+    Found, Verifier, affordable, best, between, branches, found, steered)
 
 # %% ../../nbs/09_search/04_free2guide.ipynb #56806d73
 def best_branch(look:Verifier, # Who looks

@@ -9,9 +9,9 @@ __all__ = ['noised_up', 'kept_paths', 'how_many', 'paths']
 import torch
 from torch import Tensor
 from ..basics.seeds import START, noise, stream
-from ..maths.rollout import Meter, rollout
+from ..maths.rollout import Meter, rollout, own_eta
 from .protocol import (
-    Found, Round, Verifier, affordable, between, candidate_seeds, found, own_eta, take)
+    Found, Round, Verifier, affordable, between, candidate_seeds, found, take)
 
 # %% ../../nbs/09_search/03_paths.ipynb #10bd8254
 def noised_up(sch, # `VP` or `Flow`

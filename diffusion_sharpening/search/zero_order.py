@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from ..basics.seeds import START, noise, stream
 from ..maths.choice import pick
-from ..maths.rollout import Meter
+from ..maths.rollout import Meter, own_eta
 from .protocol import (
-    Found, Verifier, affordable, between, found, own_eta, samples)
+    Found, Verifier, affordable, between, found, samples)
 
 # %% ../../nbs/09_search/02_zero_order.ipynb #7e968ced
 def neighbours(x:Tensor, # Pivots `(B, *item)`

@@ -90,6 +90,7 @@ class Validate(Aside):
 # %% ../../nbs/12_training/05_callbacks.ipynb #bfe1c2ce
 class KeepBest(Validate):
     "Held-out scores every so often; the weights with the best reward whose pictures rang no alarm are kept"
+    keeps = True
     def start(self, s):
         if s.rank and not s.model.sharded: return
         with s.model.reference(): self.base = self.asked(s.model)

@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from ..basics.console import say
 from ..basics.files import finite
+from ..methods.protocol import kept
 from ..models.sharding import collected, dealt
 from .checkpoints import (
     CheckpointError, checkpoints, load_latest, random_state, save_checkpoint, set_random_state)
@@ -55,9 +56,9 @@ def snapshot(s, # `State` of the loop
     counts = {k: getattr(s, k) for k in ('k', 'skipped', 'bad', 'nfe', 'seconds')}
     record = dict(identity=identity(s, about), steps=s.run.steps, counts=counts, history=finite(s.history),
                   random=rest)
-    kept = s.method.state()
+    own = kept(s.method)
     return dict(weights=weights, optimizer=moments,
-                random=chance) | (dict(method=kept) if kept else {}), record
+                random=chance) | (dict(method=own) if own else {}), record
 
 # %% ../../nbs/12_training/09_resume.ipynb #589cad53
 def _fits(named, weights): # `CheckpointError` unless these are the weights of the same layers

@@ -1,0 +1,72 @@
+"Methods, models and networks that are used a second time"
+import os, signal
+import pytest, torch
+from diffusion_sharpening.commands.load import load_model, quiet
+from diffusion_sharpening.data.sources import Prompts
+from diffusion_sharpening.methods.catalog import find
+from diffusion_sharpening.models.denoiser import Denoiser
+from diffusion_sharpening.models.tiny import tiny_sdxl
+from diffusion_sharpening.names.catalog import load_reward
+from diffusion_sharpening.training.checkpoints import checkpoints
+from diffusion_sharpening.training.loop import train
+from diffusion_sharpening.training.resume import Checkpoint
+from diffusion_sharpening.training.run import Run
+from diffusion_sharpening.worlds.world import WORLDS
+
+RUN = Run(steps=4, batch=2, rank=2, lr=1e-2, ema=0., warmup=1)
+quiet()
+
+
+def trained(method, model=None, judge=None, callbacks=()):
+    model = model or load_model('layouts')
+    source = Prompts(model, WORLDS['layouts'].prompts(6, 'train', 1), RUN.batch)
+    return train(model, method, judge or load_reward('tidy', 'layouts'), source, RUN, callbacks).model
+
+
+def weights(model): return torch.cat([p.detach().flatten() for p in model.named['policy'].values()])
+
+
+@pytest.mark.parametrize('name, own', [
+    ('nft', dict(rise=.05)), ('ddpo', dict(memory=8, least=2)), ('crd', {}), ('graft', dict(round=4))])
+def test_a_method_begins_anew(name, own):
+    "What a training left in a method does not reach the next one"
+    method = find(name)(n=3, S=3, **own)
+    first = weights(trained(method))
+    assert first.abs().sum() > 0
+    assert torch.equal(weights(trained(method)), first)
+
+
+def test_a_model_is_trained_again():
+    "After `reset` a model learns what it learned before"
+    method, model = find('contrast')(n=3, S=3), load_model('layouts')
+    first = weights(trained(method, model))
+    with pytest.raises(ValueError, match='model.reset()'): trained(method, model)
+    assert torch.equal(weights(trained(method, model.reset())), first)
+
+
+def test_two_views_of_one_pipeline(tmp_path):
+    "The reference of each is the base, whichever of them was trained"
+    tiny_sdxl(tmp_path, words=['red circle'])
+    one = Denoiser.from_pretrained(tmp_path, guidance=1.)
+    two, texts = Denoiser(one.pipe, guidance=1.), ['red circle']
+    base = two.sample(texts, S=2)
+    one.add_lora(2)
+    for p in one.trainable(): torch.nn.init.normal_(p)
+    assert not torch.equal(two.sample(texts, S=2), base)
+    with two.reference(): assert torch.equal(two.sample(texts, S=2), base)
+    Denoiser(one.pipe)
+    assert len(one.trainable()) > 0                                  # another view freezes nothing
+
+
+def test_a_second_interrupt_saves(tmp_path, capfd):
+    "What was learned before the batch that two Ctrl-C break is kept"
+    tidy, calls = load_reward('tidy', 'layouts'), []
+    def press(pages, prompts):
+        calls.append(1)
+        if len(calls) == 3: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]
+        return tidy(pages, prompts)
+    with pytest.raises(KeyboardInterrupt):
+        trained(find('contrast')(n=3, S=3), None, press, [Checkpoint(tmp_path, {})])
+    assert [c.name for c in checkpoints(tmp_path)] == ['step-00000002']
+    out, err = capfd.readouterr()
+    assert 'SIGINT: the batch is finished first; again: at once' in err and 'saved after batch 2' in out
