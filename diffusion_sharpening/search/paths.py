@@ -52,12 +52,13 @@ def paths(model, # `predict`, `schedule`, `item`, `encode`, `grid`, `show`
           M:int=2, # Runs of each path and round
           first:int=None, # Steps before the first round; None: two fifths of all
           up:int=2, # Δf: steps back up
-          down:int=4, # Δb: steps down again, more than up
+          down:int=None, # Δb: steps down again, more than up; None: 4, or as many as there are
           eta:float=None # Fresh noise of each step; None: as the model samples
          )->Found:
     "Noise paths up, run them down in several ways, keep the best, and so on to the end"
     affordable(model, S, budget)
-    first = max(up, 2*S//5) if first is None else first
+    first, down = max(up, 2*S//5) if first is None else first, min(4, S) if down is None else down
+    between(up + 1, None, S=S)
     between(1, None, M=M, up=up), between(up + 1, S, down=down), between(up, S - 1, first=first)
     most, one = (S - 1 - first)//(down - up), (M - 1)*down + up
     N, R = how_many(S, int(budget//getattr(model, 'cost', 1)), most, one)

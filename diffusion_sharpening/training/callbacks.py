@@ -6,7 +6,7 @@
 __all__ = ['EARLY', 'Aside', 'unlearnt', 'Progress', 'Log', 'Validate', 'KeepBest', 'Timer', 'Alarms', 'WinRate', 'Tracker']
 
 # %% ../../nbs/12_training/05_callbacks.ipynb #8a7e4afb
-import json, torch
+import json, os, torch
 from functools import partial
 from dataclasses import asdict
 from pathlib import Path
@@ -59,11 +59,12 @@ class Progress(Callback):
 
 # %% ../../nbs/12_training/05_callbacks.ipynb #c435e9ac
 class Log(Callback):
-    "One JSON line per batch; a resumed run goes on where its checkpoint was"
+    "One JSON line per batch; a resumed run goes on where its checkpoint was; a log of before is put aside"
     order = 60
     def __init__(self, path): self.path = Path(path)
     def start(self, s):
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not s.history and self.path.exists(): os.replace(self.path, f'{self.path}.before')
         self.path.write_text(''.join(json.dumps(finite(r))+'\n' for r in s.history))
     def update(self, s):
         with self.path.open('a') as f: f.write(json.dumps(finite(s.log))+'\n')
