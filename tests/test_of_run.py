@@ -1,11 +1,12 @@
 "Weights are sampled, measured and searched with what they were trained with, unless told otherwise"
-import json, os
+import json, os, shutil
 import pytest, torch
 from PIL import Image
 
 from diffusion_sharpening.basics.files import new_mode
 from diffusion_sharpening.commands import cli
 from diffusion_sharpening.commands.load import load_model
+from diffusion_sharpening.models.lora import lora_file
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.training.record import absolute_reward
 
@@ -132,3 +133,65 @@ def test_weights_beside_a_saved_pipeline_stay_as_they_are(at):
     load_model(str(at/'xl')).save_pipeline(at/'saved')
     assert mine.read_bytes() == b'not even a head' and mine.stat().st_mode & 0o777 == 0o600
     assert (at/'saved'/'unet'/'diffusion_pytorch_model.safetensors').stat().st_mode & 0o777 == new_mode()
+
+
+def refused(monkeypatch, capsys, part, *line):
+    "One line that says why, and nothing else"
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e: cli.main([*map(str, line)])
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and part in err and err.count('\n') == 1, err
+
+
+def test_results_of_a_run_are_not_replaced(at, monkeypatch, capsys):
+    "By no other command, and not by the same one for something else"
+    no = lambda part, *line: refused(monkeypatch, capsys, part, *line)
+    run, _ = trained(at, 'kept', 'rlhf', '--prompts', at/'prompts.txt')
+    other, _ = trained(at, 'other', 'rlhf', '--prompts', at/'prompts.txt', '--set', 'seed=1')
+    drawn = ['sample', '--lora', run, '--n', 1, '--S', 1, '--out']
+    scored = ['score', '--images', at/'pictures', '--prompts', pictured(at), '--reward',
+              f'{at}/mine.py:redness', '--out']
+    before = {p: p.read_bytes() for p in run.iterdir() if p.is_file()}
+    for line in (['export', other, '--layout', 'diffusers', '--out'], drawn, scored):
+        no('holds a finished run', *line, run)
+    mine = at/'precious'
+    mine.mkdir()
+    (mine/'scores.csv').write_text('precious')
+    no('this command has not written', *scored, mine)
+    assert {p: p.read_bytes() for p in run.iterdir() if p.is_file()} == before
+    go('export', run)
+    assert (run/'lora_kohya.safetensors').is_file()
+    go('train', 'rlhf', '--resume', run, '--steps', 2)
+    assert not (run/'lora_kohya.safetensors').exists()                     # it was of other weights
+    shutil.copyfile(other/lora_file, run/lora_file)
+    no('SHA-256 differs', *drawn, at/'odd')
+
+
+def pictured(at): # A table of pictures and their texts
+    file = at/'table.csv'
+    file.write_text('file,prompt\n' + ''.join(f'{i}.png,a car\n' for i in range(6)))
+    return file
+
+
+def test_an_early_adapter_says_so(at, capsys):
+    run, _ = trained(at, 'early', 'p_graft', '--prompts', at/'prompts.txt', '--set', 'S=4', 'n=2')
+    with pytest.warns(UserWarning, match='for the first .* of the steps only'): go('export', run)
+    go('push', run, 'me/early', '--dry-run')
+    assert 'callback_on_step_end' in capsys.readouterr().out
+
+
+def test_own_choices_are_measured_on_their_prompts(at):
+    "And what is measured is not learned from"
+    table = at/'choices.csv'
+    table.write_text('prompt,better,worse\n' + ''.join(
+        f'{p},pictures/{i}.png,pictures/{i + 1}.png\n'
+        for i, p in enumerate(['red car', 'blue boat', 'green tree', 'red boat', 'a tree'])))
+    _, rep = trained(at, 'choices', 'diffusion_dpo', '--images', table)
+    assert f'split from {table}: 2 held out, 3 to train on' == rep['heldout_from']
+
+
+def test_json_is_alone_on_stdout(at, capsys):
+    (at/'loud.py').write_text("def loud(images, prompts):\n    print('HELLO')\n    return [1.]*6\n")
+    found = told(capsys, 'score', '--images', at/'pictures', '--prompts', pictured(at), '--reward',
+                 f'{at}/loud.py:loud', '--out', at/'loud')
+    assert found['pictures'] == 6

@@ -118,7 +118,7 @@ def read_json(path, # A file
         if not path.exists(): raise ValueError(f'{path} is missing')
         if not path.is_file(): raise ValueError(f'{path} is not a regular file')
         if path.stat().st_size > largest: raise ValueError(f'{path} has more than {largest} bytes')
-        text = path.read_text(encoding='utf-8')
+        text = path.read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f'{path} is not readable JSON ({e})') from None
     return parse_json(text, path)

@@ -11,7 +11,7 @@ __all__ = ['COMMANDS', 'EXAMPLES', 'KINDS', 'Argument', 'ARGUMENTS', 'READ', 'Co
 import argparse, ast, importlib, io, json, math, os, re, shlex, signal, sys, threading, tokenize, warnings
 import diffusion_sharpening
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from ..basics.words import brief, one_of
@@ -259,7 +259,7 @@ def run(argv:list # Arguments without the program's name
     kwargs, as_json = _arguments(name, argv[1:])
     does = COMMANDS[name].does
     if 'resume' in kwargs: does, kwargs['folder'] = COMMANDS[name].resumes, kwargs.pop('resume')
-    res = found(does)(**kwargs)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext(): res = found(does)(**kwargs)
     from diffusion_sharpening.training.folder import first_process
     if first_process():
         says = found(COMMANDS[name].says) if COMMANDS[name].says else lambda _: ''

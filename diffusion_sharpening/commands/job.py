@@ -11,13 +11,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from ..basics.devices import device_here
-from .heldout import check_judges, heldout_number, heldout_prompts, judges
+from .heldout import (
+    check_judges, heldout_number, heldout_prompts, judges, own_choices)
 from .interchange import check_decode
 from .load import check_sampler, load_model
 from ..data.latents import Encoded, Latents, latents_dir
 from ..data.pictures import image_pairs
 from ..data.preferences import (
-    PreferencePairs, choice_source, read_preferences, seed_in)
+    PreferencePairs, choice_source, picture_in, read_preferences, seed_in)
 from ..data.sources import Columns, Pictures, Prompts, StoredPictures
 from ..data.tables import prompt_set
 from ..names.catalog import load_reward
@@ -88,6 +89,7 @@ def world_choices(model, # `Denoiser`
 def preference_source(model, # `Denoiser`
                       method, # With the columns `better` and `worse`, or their seeds
                       source:str, # Name of a world, or a table
+                      without:list=(), # Prompts that are not learned from
                       **more # Size of a batch, seed, drop
                      ): # A source of batches; `held` is one of held-out pairs of pictures
     "Preferences for methods that learn from them"
@@ -96,8 +98,11 @@ def preference_source(model, # `Denoiser`
             raise ValueError('images: expected a table of choices with prompt, better and worse, '
                              f'found {source}')
         return world_choices(model, source, **more)
-    if 'better' not in method.columns: return choice_source(model, read_preferences(source, seed_in), **more)
-    pairs, held = split_pairs(read_preferences(source), .1, 0)
+    seeds = 'better' not in method.columns
+    rows = [o for o in read_preferences(source, seed_in if seeds else picture_in) if o[0] not in {*without}]
+    if not rows: raise ValueError(f'images: {source} holds no choices but of held-out prompts')
+    if seeds: return choice_source(model, rows, **more)
+    pairs, held = split_pairs(rows, .1, 0)
     train = PreferencePairs(model, pairs, **more)
     train.held = PreferencePairs(model, held, size=min(64, len(held)))
     return train
@@ -112,7 +117,7 @@ def source_of(model, # `Denoiser`
     "What a method learns from"
     more = dict(size=run.batch, seed=run.seed, drop=run.drop)
     if not method.columns: return Prompts(model, texts, **more)
-    if not method.needs_images: return preference_source(model, method, pairs, **more)
+    if not method.needs_images: return preference_source(model, method, pairs, held, **more)
     if pairs not in list(WORLDS):
         return StoredPictures(model, Latents(pairs.without(held), model, latents_dir()), **more)
     z, captions = encoded_pairs(model, pairs, 2400)
@@ -187,7 +192,8 @@ def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:st
         what = 'image-caption pairs' if made.needs_images else 'a table of preferences'
         raise ValueError(f'images: {method} ({preset}) learns from {what}; name them with --images')
     if own: check_pictures(world, images)
-    texts = None if own else prompts_of(prompts, heldout_prompts, n, run.seed)
+    choices = own_choices(made, images, world)
+    texts = None if own else prompts_of(prompts, heldout_prompts, n, run.seed, choices, images)
     judge = _judge(made, reward, world and world.name)
     d = load_model(model, guidance, None, run.precision, px, variant, vae, eta)
     pairs = _opened(d, images, run) if own else images or world and world.name

@@ -9,7 +9,7 @@ __all__ = ['Named', 'parts_of', 'common_base', 'check_whole_way', 'merge', 'said
 import math, re
 from collections import namedtuple
 from pathlib import Path
-from ..basics.files import write_json
+from ..basics.files import read_json, write_json
 from ..basics.words import brief
 from .load import base_of, output_folder
 from ..methods.protocol import Method
@@ -65,6 +65,14 @@ def _place(out): # A folder that holds nothing, or an earlier merge
         raise FolderError(f'out: {out} holds {there[0]}, but no merge; name another --out')
     return out
 
+# %% ../../nbs/13_commands/17_merge.ipynb #93d70156
+def _same_merge(out, told): # `FolderError` where another merge would be lost
+    if not (out/merge_file).exists(): return
+    was = read_json(out/merge_file)
+    for k in ('model', 'parts', 'rank'):
+        if was.get(k) != told[k]:
+            raise FolderError(f'out: {out} holds a merge of {k} {brief(was.get(k))}; name another --out')
+
 # %% ../../nbs/13_commands/17_merge.ipynb #ab206e59
 def merge(
     parts:str, # FOLDER:WEIGHT,FOLDER:WEIGHT of trained runs, or of LoRA files
@@ -80,7 +88,9 @@ def merge(
     base = common_base([p.path for p in found], model)
     named, rank, error = merged(adapters, [p.weight for p in found], rank)
     told = dict(model=base, parts=[dict(lora=p.path, weight=p.weight) for p in found], rank=rank, error=error)
+    _same_merge(out, told)
     with locked(out):
+        (out/'lora_kohya.safetensors').unlink(missing_ok=True)             # made of the one before
         write_json(out/merge_file, told)
         write_lora(named, rank, rank, out, network_of(found[0].path))
     return told | dict(out=str(out))

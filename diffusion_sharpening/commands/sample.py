@@ -18,6 +18,7 @@ from .provenance import provenance
 from ..data.tables import write_prompts
 from ..evaluation.measure import pictures_of, start_seeds
 from ..training.advice import pictures_at_once
+from ..training.folder import check_no_run
 
 # %% ../../nbs/13_commands/10_sample.ipynb #4aef1db1
 def write_pictures(pictures:Tensor, # `(N, 3, H, W)` in [0, 1]
@@ -116,6 +117,7 @@ def sample(
     seeds, out = start_seeds(seed, len(texts)), output_folder(out)
     asked = dict(model=model, lora=lora and str(lora), prompts=prompts, n=n, S=S, eta=eta, seed=seed,
                  guidance=guidance, px=px, variant=variant)
+    check_no_run(out)
     check_asked(out, len(texts), asked)
     d = load_model(model, lora=lora, eta=eta,
                    **as_of_run(lora, model, guidance=guidance, px=px, variant=variant))

@@ -19,6 +19,7 @@ from ..data.archives import listed
 from ..data.tables import FILES, column, files_of, parse_source, table, text_in
 from ..names.catalog import load_reward
 from ..rewards.mixture import part_names
+from ..training.folder import check_no_run
 
 # %% ../../nbs/13_commands/02_score.ipynb #4f7984ad
 def list_images(folder # With pictures
@@ -184,10 +185,15 @@ def _made(reward): # Own code that was edited is another reward
     if not hasattr(reward, 'identity'): return ''
     return hashlib.sha256(json.dumps(reward.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
-def _folder(out):
-    try: Path(out).mkdir(parents=True, exist_ok=True)
+def _folder(out): # For scores; ValueError where something else is in their place
+    out = Path(out); check_no_run(out)
+    there = [k for k in ('scores.json', 'scores.csv') if (out/k).exists()]
+    if there and not (out/'scores.jsonl').exists():
+        raise ValueError(f'out: {out} holds {there[0]}, which this command has not written; '
+                         'name another --out')
+    try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise ValueError(f'out: cannot make the folder {out} ({e.strerror})') from None
-    return Path(out)
+    return out
 
 # %% ../../nbs/13_commands/02_score.ipynb #7e39bc0b
 def _work(reward, images, todo, out, batch, device, n):

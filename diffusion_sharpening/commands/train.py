@@ -13,7 +13,8 @@ from pathlib import Path
 from ..basics.words import counted
 from ..basics.devices import device_here, device_of
 from ..basics.files import write_json
-from .heldout import default_prompts, heldout_number, prompts_digest
+from .heldout import (
+    default_prompts, heldout_number, own_choices, prompts_digest)
 from .job import Job, check_pictures, job_of, own_pairs, prompts_of, without
 from .load import base_of, check_sampler, output_folder
 from .provenance import provenance
@@ -66,8 +67,8 @@ def plan(
     held = n                                                              # of the Hub nothing is fetched
     if not any(str(o).startswith('hf:') for o in (prompts, heldout_prompts, images)):
         if own: check_pictures(world_of(model), images)
-        pairs = image_pairs(images).captions if own else None
-        prompts = prompts or (None if own else default_prompts(model))
+        pairs = image_pairs(images).captions if own else own_choices(made, images, world_of(model))
+        prompts = prompts or (None if pairs else default_prompts(model))
         held = len(prompts_of(prompts, heldout_prompts, n, run.seed, pairs, images)[1])
     dev = device_of(device) if device else device_here()
     def rows(**more):
@@ -160,7 +161,8 @@ def save_weights(out:Path, # Folder of the run
                  model, # With the trained weights
                  lora:bool=True # A LoRA, or all weights?
                 )->dict: # Path within `out` → SHA-256
-    "Save what was trained"
+    "Save what was trained; what was exported of it before is of other weights, and goes"
+    (out/'lora_kohya.safetensors').unlink(missing_ok=True)
     if lora: model.save_lora(out)
     else: model.save_pipeline(out/'model')
     return sums(out, lora_file if lora else 'model')
@@ -281,7 +283,8 @@ def train(
         return fine_tune(folder, asked, reward)
 
 def _default_prompts(method, preset, model, images, changes): # None: the captions of the user's own pairs
-    own = own_pairs(settings(method, preset, **changes)[1], images)
+    made = settings(method, preset, **changes)[1]
+    own = own_pairs(made, images) or own_choices(made, images, world_of(model))
     return None if own else default_prompts(model)
 
 # %% ../../nbs/13_commands/09_train.ipynb #dced19c8
@@ -317,7 +320,7 @@ def _continue(method, folder, typed): # The report of a run that goes on, or has
 
 def _finished(folder, rep):
     print(f'{folder}: this run is finished; --steps makes it longer')
-    return rep
+    return rep | dict(out=str(folder))                                    # which may have been moved
 
 # %% ../../nbs/13_commands/09_train.ipynb #c7c995d9
 def resume(method:str, # Of the run, as it was started

@@ -175,7 +175,8 @@ def table(path # File
          )->Table: # ValueError for a missing file, an unknown suffix or broken content
     "Open a file with rows, by its suffix"
     path = Path(path).expanduser()
-    if not path.is_file(): raise ValueError(f'data: expected a file, found no {path}')
+    found = 'the folder' if path.is_dir() else 'no'
+    if not path.is_file(): raise ValueError(f'data: expected a file with rows, found {found} {path}')
     if path.suffix.lower() not in READERS:
         known = ', '.join(k for k in READERS if k)
         raise ValueError(f'data: {path}: expected a file ending in {known}; found {path.suffix!r}')

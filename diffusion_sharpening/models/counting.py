@@ -91,11 +91,12 @@ def _text(c): # A text encoder from its config: the sizes of a CLIP, or the para
 def anatomy(model:str # sdxl, sd15, their names on the Hub, a downloaded model, or the folder of a pipeline
            )->Anatomy: # Nothing is loaded but configs
     "The sizes of a model"
-    if (name := ALIASES.get(str(model), str(model))) in KNOWN: return KNOWN[name]
+    known = not Path(model).is_dir() and ALIASES.get(str(model), str(model))    # a folder comes first
+    if known in KNOWN: return KNOWN[known]
     path = _downloaded(str(model)) or Path(model)
     if not path.is_dir():
-        known = ', '.join(KNOWN)
-        raise ValueError(f'model: expected {known}, an embedded model, or the folder of a pipeline; found '
+        names = ', '.join(KNOWN)
+        raise ValueError(f'model: expected {names}, an embedded model, or the folder of a pipeline; found '
                          f'{model}')
     encs = [_config(p/'config.json') for p in sorted(path.glob('text_encoder*'))]
     net = 'transformer' if (path/'transformer').is_dir() else 'unet'
