@@ -224,6 +224,7 @@ def score(
     "Score the pictures of a folder"
     beside = Path(images)/'prompts.jsonl'                        # as `sample` writes it
     if images and not prompts and beside.is_file(): prompts = str(beside)
-    gone = [o for o, there in (('--images FOLDER', images), ('--prompts FILE', prompts)) if not there]
+    texts = '--prompts FILE' + f' (there is no {beside})'*bool(images)
+    gone = [o for o, there in (('--images FOLDER', images), (texts, prompts)) if not there]
     if gone: raise ValueError(f'score: expected {" and ".join(gone)}')
     return score_folder(reward, images, prompts, out, batch)

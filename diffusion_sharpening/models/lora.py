@@ -52,8 +52,8 @@ def _refuse(path, odd, layers):  # Why `odd` names of a file cannot be used
     elif odd and odd[0].startswith('text_encoder'):
         why = f'found {odd[0]} and {len(odd) - 1} more of a text encoder; only the U-Net is adapted here'
     else:
-        why = ('expected names like unet.….lora_A.weight (diffusers format; from_kohya brings '
-               f"kohya's to it), found {odd[0] if odd else 'none'}")
+        why = ('expected names like unet.….lora_A.weight (diffusers format; in Python '
+               f"commands.interchange.from_kohya brings kohya's to it), found {odd[0] if odd else 'none'}")
     raise ValueError(f'LoRA: {path}: {why}')
 
 # %% ../../nbs/03_models/05_lora.ipynb #2452a46d

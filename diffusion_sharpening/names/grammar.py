@@ -65,7 +65,9 @@ def parse_spec(line:str, # As in the table above
     line = str(line).strip(); how = HOW[0]
     if m := re.fullmatch(r'(\w+)\((.*)\)', line, re.S):
         how, line = one_of(m[1], HOW, 'reward: way to combine'), m[2].strip()
-    return how, [_part(t, line, known) for t in _texts(line)]
+    parts = [_part(t, line, known) for t in _texts(line)]
+    if any(p.weight for p in parts): return how, parts
+    raise ValueError(f'reward {keyless(line)!r}: expected a weight other than 0')
 
 # %% ../../nbs/06_names/01_grammar.ipynb #fb150c1e
 def public_spec(line:str # As in the table above

@@ -81,8 +81,9 @@ def _where(frames): # The last line that is neither of Python, nor of a package,
 
 def _raised(which, doing, e):
     at = _where(extract_tb(e.__traceback__))
-    at = f'line {e.lineno}' if isinstance(e, SyntaxError) else f'{Path(at.filename).name}, line {at.lineno}'
-    text = ' '.join(_text(e).split())[:300]
+    syntax = isinstance(e, SyntaxError)
+    at = f'line {e.lineno}' if syntax else f'{Path(at.filename).name}, line {at.lineno}'
+    text = ' '.join((e.msg if syntax else _text(e)).split())[:300]
     return f'own reward {which!r}: {doing} raised {type(e).__name__}: {text} ({at})'
 
 # %% ../../nbs/04_rewards/17_own.ipynb #3d10c93b

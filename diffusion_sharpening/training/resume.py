@@ -156,7 +156,8 @@ class Checkpoint(Callback):
         if s.run.checkpoint_every and s.k % s.run.checkpoint_every == 0: self.save(s)
     def last(self, s): self.save(s)
     def failed(self, s, e):
-        if not self.ready or not s.k or not s.whole or self.saved == s.k: return
+        tried = isinstance(e, CheckpointError)                  # which is said by the error itself
+        if tried or not self.ready or not s.k or not s.whole or self.saved == s.k: return
         try: self.save(s); say(f'saved after batch {s.k}')
         except CheckpointError as why: say(str(why))
     def save(self, s):
