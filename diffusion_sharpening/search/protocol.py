@@ -195,6 +195,7 @@ def steered(model, # `predict`, `schedule`, `item`, `grid`; what it is asked is 
             seeds:Tensor # int64 `(B,)`
            )->list: # The rounds of the steer, and one of the finished sample
     "Sample once with a steer, and judge where it ends"
+    seeds = torch.as_tensor(seeds)
     z = noise(seeds, START, model.item, model.device)
     x0 = rollout(model, z, model.grid(S), cond, eta, seeds, keep=False, steer=steer).end
     return [*rounds, look(x0[None], seeds[None], rounds[-1].kept if rounds else None)]

@@ -45,6 +45,7 @@ def zero_order(model, # `predict`, `schedule`, `item`, `encode`, `grid`, `show`
     between(0, 1, lam=lam)
     meter, left, eta = Meter(model), affordable(model, S, budget), own_eta(model, eta)
     look, cond, rounds = Verifier(meter, judge, prompts), model.encode(prompts), []
+    seeds = torch.as_tensor(seeds)
     pivot = noise(seeds, START, model.item, model.device)
     while left:
         k = min(left, n + 1) - (not rounds)
