@@ -58,7 +58,15 @@ def test_two_views_of_one_pipeline(tmp_path):
     assert len(one.trainable()) > 0                                  # another view freezes nothing
 
 
-def test_a_second_interrupt_saves(tmp_path, capfd):
+@pytest.fixture
+def interruptible():
+    "Ctrl-C as it is in a terminal; a shell has it ignored for what it starts in the background"
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+
+def test_a_second_interrupt_saves(tmp_path, capfd, interruptible):
     "What was learned before the batch that two Ctrl-C break is kept"
     tidy, calls = load_reward('tidy', 'layouts'), []
     def press(pages, prompts):

@@ -16,7 +16,8 @@ from ..commands.provenance import provenance
 from .arms import Arm, arms_of, batch_cost
 from .bed import FEW, Bed, bed_of, evaluated
 from .compare import TUNING, compared, mean_score, name_of
-from .show import comparison_table, draw_changes, draw_learning, draw_trade
+from .show import (
+    comparison_table, draw_changes, draw_learning, draw_trade, kinds_table)
 from ..training.folder import locked
 
 # %% ../../nbs/14_experiments/14_command.ipynb #99b38ca5
@@ -169,4 +170,7 @@ def experiment(
 def said(rep:dict # From `experiment`
         )->str:
     "What an experiment came to"
-    return comparison_table(rep['arms'], rep['followed'], rep['exam']) + f"\n{rep['out']}/results.json"
+    arms, exam = rep['arms'], rep['exam']
+    parts = f'{exam} by kind of prompt (* an interval excludes 0)\n{kinds_table(arms, exam)}'
+    more = [parts]*(len(arms['base']['kinds']) > 1)
+    return '\n\n'.join([comparison_table(arms, rep['followed'], exam), *more, f"{rep['out']}/results.json"])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FALL', 'TUNING', 'asked_of', 'kept', 'name_of', 'check_names', 'mean_score', 'best_try', 'tuned', 'against',
-           'compared']
+           'by_kind', 'compared']
 
 # %% ../../nbs/14_experiments/12_compare.ipynb #341f514b
 import json, math, torch
@@ -112,6 +112,16 @@ def against(records:list, # Of an arm, one for each seed
             if k in records[0]}
     return dict(value=value['scores'], change=change['scores'], stats=change['stats'], sets=sets) | rest
 
+# %% ../../nbs/14_experiments/12_compare.ipynb #593dfc77
+def by_kind(records:list, base:list, # As for `against`
+            bed:Bed # Where they were measured
+           )->dict: # Kind of prompt → `value` and `change` of the exam, intervals
+    "What an arm came to in the exam, for each kind of prompt"
+    exam, kinds = bed.world.exam.name, bed.world.by_group(torch.arange(len(bed.prompts)), bed.prompts)
+    own, was = _rows(records, 'scores', exam), _rows(base, 'scores', exam)
+    return {k: dict(value=over_seeds(own[:, at]), change=over_seeds(own[:, at] - was[:, at]))
+            for k, at in kinds.items()}
+
 # %% ../../nbs/14_experiments/12_compare.ipynb #ea342d27
 def compared(arms:dict, # Name → `Arm` or `Searched`
              bed:Bed, # Where
@@ -120,7 +130,7 @@ def compared(arms:dict, # Name → `Arm` or `Searched`
              tune:bool=True, # Tune the arms that learn first?
              done=lambda name, rec: None, # Called after each run and try with its name and record
              tries:Path=None # Folder of the tries of another experiment to go by; None: its own
-            )->dict: # Name → as from `against`, and the settings it `took`; the base is one of them
+            )->dict: # Name → as from `against`, its `kinds` and what it `took`; the base is one of them
     "Run all arms with all seeds, and compare them with the base"
     check_names(['base', *arms])
     for d in (folder/'runs', folder/'tries'): d.mkdir(parents=True, exist_ok=True)
@@ -137,4 +147,5 @@ def compared(arms:dict, # Name → `Arm` or `Searched`
         for name, arm in arms.items():
             found.setdefault(name, []).append(run(name, arm, seed))
     took = {k: dict(took=dict(lr=arms[k].lr) | arms[k].own) if k in learns else {} for k in found}
-    return {k: against(v, found['base']) | took[k] for k, v in found.items()}
+    kinds = {k: dict(kinds=by_kind(v, found['base'], bed)) for k, v in found.items()}
+    return {k: against(v, found['base']) | kinds[k] | took[k] for k, v in found.items()}

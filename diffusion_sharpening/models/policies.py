@@ -68,6 +68,7 @@ def policies_of(
     "The named weights of a network, the same for all who ask"
     known = _OF.get(net)
     found = known and known() or Policies(net)
+    if not found.named: found.carried = carried(net)        # which may have changed since
     _OF[net] = ref(found)
     return found
 

@@ -64,7 +64,8 @@ class Log(Callback):
     def __init__(self, path): self.path = Path(path)
     def start(self, s):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not s.history and self.path.exists(): os.replace(self.path, f'{self.path}.before')
+        told = self.path.is_file() and self.path.stat().st_size
+        if told and not s.history: os.replace(self.path, f'{self.path}.before')
         self.path.write_text(''.join(json.dumps(finite(r))+'\n' for r in s.history))
     def update(self, s):
         with self.path.open('a') as f: f.write(json.dumps(finite(s.log))+'\n')

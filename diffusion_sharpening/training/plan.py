@@ -11,6 +11,7 @@ __all__ = ['MOST', 'MARGIN', 'AT_ONCE', 'ROWS', 'MODEL', 'BRIEF', 'StandIn', 'ev
 import math, torch
 from collections import Counter
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -88,8 +89,8 @@ def evaluations(run:Run, method, # Settings, and the method
     batches = max(1, min(batches, MOST//10//_how_many(run, method)))
     d, judge, texts = StandIn(guidance, run.rank == 0), _Any(), ['a prompt']*run.batch
     source = Columns(d, texts, noise_columns(method, d.item, run.batch), run.batch, run.seed)
+    method, rows = copy(method), 0                          # what a run has kept stays
     method.start(d)
-    rows = 0
     for k in range(batches):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             lesson = method.collect(d, judge, source.batch(k))
