@@ -44,6 +44,38 @@ def test_a_model_is_trained_again():
     assert torch.equal(weights(trained(method, model.reset())), first)
 
 
+def test_a_carried_lora_is_not_trained(tmp_path):
+    "Not by a view that was made while another was alive, either"
+    tiny_sdxl(tmp_path/'xl', words=['red circle'])
+    one = Denoiser.from_pretrained(tmp_path/'xl', guidance=1.).add_lora(2)
+    for p in one.trainable(): torch.nn.init.normal_(p, std=.1)
+    one.save_lora(tmp_path/'lora')
+    first = Denoiser.from_pretrained(tmp_path/'xl', guidance=1.)
+    first.pipe.load_lora_weights(tmp_path/'lora')
+    two = Denoiser(first.pipe, guidance=1.)
+    assert two.trainable() == []
+    two.add_lora(2)
+    assert len(two.trainable()) == len(two.named['policy'])
+    assert two.policies.carried
+
+
+def test_a_reset_pipeline_is_saved_as_it_was_loaded(tmp_path):
+    "And so is one that learns as a whole after it"
+    tiny_sdxl(tmp_path/'xl', words=['red circle'])
+    model, texts = Denoiser.from_pretrained(tmp_path/'xl', guidance=1.), ['red circle']
+    base = model.sample(texts, S=2)
+    model.add_lora(2)
+    model.reset().save_pipeline(tmp_path/'same')
+    assert torch.equal(Denoiser.from_pretrained(tmp_path/'same', guidance=1.).sample(texts, S=2), base)
+    two = Denoiser(model.pipe, guidance=1.).add_full(keep_base=True)
+    with torch.no_grad():
+        for p in two.trainable(): p.mul_(1.01)
+    made = two.sample(texts, S=2)
+    two.save_pipeline(tmp_path/'full')
+    assert torch.equal(Denoiser.from_pretrained(tmp_path/'full', guidance=1.).sample(texts, S=2), made)
+    assert torch.equal(two.reset().sample(texts, S=2), base)
+
+
 def test_two_views_of_one_pipeline(tmp_path):
     "The reference of each is the base, whichever of them was trained"
     tiny_sdxl(tmp_path, words=['red circle'])

@@ -223,7 +223,8 @@ def _place(out, name, run_dir): # The file that an export writes
 def _put(made, file, own): # A file in its place, whole or not at all
     if file.exists() and digest(file) == digest(made): return file
     if file.exists() and not (own and file.name in RESULTS):
-        raise ValueError(f'out: {file} is there already, and another file; name another --out')
+        raise ValueError(f'out: {file} is there already, and another file; '
+                         'remove it, or name another --out')
     part = file.with_name(f'.{file.name}.{os.getpid()}')
     shutil.copyfile(made, part); os.replace(part, file)
     return file

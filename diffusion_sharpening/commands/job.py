@@ -102,6 +102,7 @@ def preference_source(model, # `Denoiser`
     rows = [o for o in read_preferences(source, seed_in if seeds else picture_in) if o[0] not in {*without}]
     if not rows: raise ValueError(f'images: {source} holds no choices but of held-out prompts')
     if seeds: return choice_source(model, rows, **more)
+    if len({p for p, *_ in rows}) < 2: return PreferencePairs(model, rows, **more)  # none to test on
     pairs, held = split_pairs(rows, .1, 0)
     train = PreferencePairs(model, pairs, **more)
     train.held = PreferencePairs(model, held, size=min(64, len(held)))

@@ -69,8 +69,11 @@ def _place(out): # A folder that holds nothing, or an earlier merge
 def _same_merge(out, told): # `FolderError` where another merge would be lost
     if not (out/merge_file).exists(): return
     was = read_json(out/merge_file)
+    if not isinstance(was, dict): raise FolderError(f'out: {out}/{merge_file} is damaged; name another --out')
+    def plain(o): # Parts by where they are, however that was typed
+        return {**o, 'parts': [[str(Path(p['lora']).resolve()), p['weight']] for p in o.get('parts', [])]}
     for k in ('model', 'parts', 'rank'):
-        if was.get(k) != told[k]:
+        if plain(was).get(k) != plain(told)[k]:
             raise FolderError(f'out: {out} holds a merge of {k} {brief(was.get(k))}; name another --out')
 
 # %% ../../nbs/13_commands/17_merge.ipynb #ab206e59

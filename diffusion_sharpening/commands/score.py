@@ -11,7 +11,7 @@ import csv, hashlib, io, json, math, os, re, time, torch, warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from ..basics.words import counted
-from ..basics.files import write_json, write_whole
+from ..basics.files import read_json, write_json, write_whole
 from ..basics.pictures import PICTURES, PictureError, open_picture, read_picture
 from ..basics.stats import interval
 from ..basics.texts import hidden, lines_of
@@ -180,6 +180,11 @@ def score_folder(
     write_scores(out, res, rows)
     return res
 
+# %% ../../nbs/13_commands/02_score.ipynb #292179c5
+def _ours(file): # Has `write_scores` written it?
+    try: return {'reward', 'pictures', 'scores'} <= read_json(file).keys()
+    except (ValueError, AttributeError): return False
+
 # %% ../../nbs/13_commands/02_score.ipynb #c8102fc9
 def _made(reward): # Own code that was edited is another reward
     if not hasattr(reward, 'identity'): return ''
@@ -188,7 +193,7 @@ def _made(reward): # Own code that was edited is another reward
 def _folder(out): # For scores; ValueError where something else is in their place
     out = Path(out); check_no_run(out)
     there = [k for k in ('scores.json', 'scores.csv') if (out/k).exists()]
-    if there and not (out/'scores.jsonl').exists():
+    if there and not (out/'scores.jsonl').exists() and not _ours(out/'scores.json'):
         raise ValueError(f'out: {out} holds {there[0]}, which this command has not written; '
                          'name another --out')
     try: out.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from ..rewards.own import code_of
 from ..search.catalog import checked, find_search
 from ..search.protocol import affordable, between, draw_lineage, record
 from ..search.verifiers import WAYS
-from ..training.folder import locked
+from ..training.folder import check_no_run, locked
 from ..training.record import content, model_content
 from ..worlds.world import usual_reward, world_of
 
@@ -50,6 +50,7 @@ def begin(out:Path, # Folder of the results
     "Write down what is asked for, or check that the folder holds the same"
     file = out/'search.json'
     if not file.exists():
+        check_no_run(out)
         check_free(out, [*files_of(len(asked['prompts'])), LIST, 'records', 'lineage.png'])
         write_json(file, dict(asked=asked) | provenance())
     (out/'records').mkdir(exist_ok=True)

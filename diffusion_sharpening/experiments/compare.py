@@ -32,9 +32,11 @@ def kept(file:Path, # JSON
     "What is in a file, made first if need be"
     if not file.exists(): write_json(file, make() | (dict(asked=asked) if asked else {}))
     rec = read_json(file)
-    if asked and rec.get('asked') != asked:
-        other = '; '.join(differences(rec.get('asked') or {}, asked)) or 'it does not say which'
-        raise ValueError(f'{file}: made with other settings ({other}); name another folder')
+    was, now = (dict(o) if o else {} for o in (rec.get('asked'), asked))   # earlier ones do not say
+    own = [str((o.get('arm') or {}).get('own')) for o in (was, now)]
+    other = differences(was, now) or [f'the settings were {own[0]} and are {own[1]}']*(own[0] != own[1])
+    if was and now and other:
+        raise ValueError(f"{file}: made with other settings ({'; '.join(other)}); name another folder")
     return rec
 
 # %% ../../nbs/14_experiments/12_compare.ipynb #8d083e73

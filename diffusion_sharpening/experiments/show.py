@@ -42,9 +42,10 @@ def kinds_table(found:dict, # From `compared`
                )->str:
     "The exam for each kind of prompt: the base's means and the changes, `*` where an interval excludes 0"
     kinds = [*found['base']['kinds']]
-    def side(c): return '*' if c['low'] is not None and (c['low'] > 0 or c['high'] < 0) else ' '
-    def row(o): return [f"{o[k]['change']['mean']:+.3f}{side(o[k]['change'])}" for k in kinds]
-    base = [f"{found['base']['kinds'][k]['value']['mean']:.3f} " for k in kinds]
+    def sure(c): return c['low'] is not None and (c['low'] > 0 or c['high'] < 0)
+    def mean(c, sign=''): return '–' if c['mean'] is None else f"{c['mean']:{sign}.3f}"
+    def row(o): return [mean(o[k]['change'], '+') + (' *'[sure(o[k]['change'])]) for k in kinds]
+    base = [mean(found['base']['kinds'][k]['value']) + ' ' for k in kinds]
     rows = [[k, *row(found[k]['kinds'])] for k in by_exam(found, exam)]
     return columns([['', *kinds], ['base', *base], *rows], right=range(1, len(kinds) + 1))
 

@@ -32,11 +32,13 @@ class AgainstUsual(PolicyGradient):
         super().__post_init__()
         if self.least > self.memory:
             raise ValueError(f'least: expected at most memory={self.memory}, found {self.least}')
-        self.start(None)
+        self._forget()
+
+    def _forget(self): self.rewards, self.seen = RewardMemory(self.memory, self.least), None
 
     def start(self, model):
         "Nothing is remembered"
-        self.rewards, self.seen = RewardMemory(self.memory, self.least), None
+        self._forget()
 
     def standing(self, R, prompts)->tuple:
         "Rewards, and mean and deviation of what is known of their prompts"

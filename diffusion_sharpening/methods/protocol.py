@@ -85,7 +85,7 @@ class Method(Settings):
         return {}
 
     def restore(self, state:dict):
-        "Put back what `state` gave"
+        "Put back what `state` gave; numbers come as tensors"
 
 # %% ../../nbs/08_methods/01_protocol.ipynb #3f8d53dd
 def kept(method:Method # Of a run
@@ -93,7 +93,7 @@ def kept(method:Method # Of a run
     "What a method keeps, as a checkpoint holds it"
     found = {}
     for k, v in method.state().items():
-        try: found[k] = torch.as_tensor(v)
+        try: found[k] = torch.as_tensor(v, dtype=torch.float64 if isinstance(v, float) else None)
         except (TypeError, ValueError, RuntimeError):
             what = f'{type(method).__name__}.state: expected a tensor or a number for {k}'
             raise ValueError(f'{what}, found {v!r:.60}') from None

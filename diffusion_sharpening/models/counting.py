@@ -91,7 +91,7 @@ def _text(c): # A text encoder from its config: the sizes of a CLIP, or the para
 def anatomy(model:str # sdxl, sd15, their names on the Hub, a downloaded model, or the folder of a pipeline
            )->Anatomy: # Nothing is loaded but configs
     "The sizes of a model"
-    known = not Path(model).is_dir() and ALIASES.get(str(model), str(model))    # a folder comes first
+    known = not Path(str(model)).is_dir() and ALIASES.get(str(model), str(model))    # a folder comes first
     if known in KNOWN: return KNOWN[known]
     path = _downloaded(str(model)) or Path(model)
     if not path.is_dir():

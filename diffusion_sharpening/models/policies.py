@@ -8,6 +8,7 @@ __all__ = ['ATTENTION', 'LINEAR', 'carried', 'Policies', 'policies_of', 'adapter
 # %% ../../nbs/03_models/06_policies.ipynb #c87d9498
 import os, tempfile, torch, warnings
 from contextlib import contextmanager
+from diffusers.utils import recurse_remove_peft_layers
 from fastcore.basics import patch
 from functools import partial
 from inspect import signature
@@ -31,7 +32,8 @@ def carried(
     if any(m.merged for m in layers):
         raise ValueError('model: expected a fused LoRA to be unloaded too; after pipe.fuse_lora() call '
                          'pipe.unload_lora_weights(), which keeps what was fused')
-    return {m: [] if m.disable_adapters else list(m.active_adapters) for m in layers}
+    there = [m for m in layers if any(len(getattr(m, o)) for o in m.adapter_layer_names)]
+    return {m: [] if m.disable_adapters else list(m.active_adapters) for m in there}
 
 # %% ../../nbs/03_models/06_policies.ipynb #8ff91f2f
 class Policies:
@@ -53,6 +55,10 @@ class Policies:
         "The parameters that learn"
         return [p for p in self.net.parameters() if p.requires_grad]
 
+    def added(self) -> set:
+        "Identities of the parameters that were added here, or are trained"
+        return {id(p) for weights in self.named.values() for p in weights.values()}
+
     def hand(self,
         name:str # Weights of a full fine-tune to use from now on
     ):
@@ -69,6 +75,9 @@ def policies_of(
     known = _OF.get(net)
     found = known and known() or Policies(net)
     if not found.named: found.carried = carried(net)        # which may have changed since
+    if not found.named: net.eval()
+    own = found.added()
+    for p in net.parameters(): p.requires_grad_(p.requires_grad and id(p) in own)
     _OF[net] = ref(found)
     return found
 
@@ -140,7 +149,8 @@ def add_lora(self:Policies,
     "Add a LoRA adapter that changes nothing yet"
     from peft import LoraConfig
     _check_new(self, name, rank, targets)
-    learning = self.trainable()
+    own = self.added()
+    learning = [p for p in self.trainable() if id(p) in own]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter('ignore')                    # peft warns that there are several adapters
         torch.manual_seed(seed)
@@ -233,6 +243,7 @@ def add_full(self:Policies,
     if self.carried:
         raise ValueError('full training: the pipeline carries a LoRA; make it part of the weights with '
                          'pipe.fuse_lora() and pipe.unload_lora_weights()')
+    self.dtype = next(self.net.parameters()).dtype          # which `reset` puts back
     self.net.float().requires_grad_(True)
     self.full, self.named[name] = name, dict(self.net.named_parameters())
     if keep_base: self.copy(name, 'base')
@@ -250,6 +261,13 @@ def renew(self:Policies,
         elif name == self.full: self.named[name] = live
         elif like: self.named[name] = {k: like(p, live[k]) for k, p in old.items()}
 
+# %% ../../nbs/03_models/06_policies.ipynb #4859b011
+@patch
+def _unwrapped(self:Policies): # No layer is one of peft's any more, and files have the names of before
+    recurse_remove_peft_layers(self.net)
+    self.layers, self.net._hf_peft_config_loaded = [], False
+    if hasattr(self.net, 'peft_config'): del self.net.peft_config
+
 # %% ../../nbs/03_models/06_policies.ipynb #c643a86b
 @patch
 def _without_adapters(self:Policies):
@@ -261,6 +279,7 @@ def _without_adapters(self:Policies):
     for m in self.layers:
         if getattr(vars(m).get('forward'), 'func', None) is forward_multiplied: del m.forward
     self.activate(None)                                     # peft has switched others on
+    if not self.carried: self._unwrapped()
 
 # %% ../../nbs/03_models/06_policies.ipynb #1d65363e
 @patch
@@ -269,9 +288,10 @@ def reset(self:Policies):
     if self.sharded: raise ValueError('reset: expected weights in one place, found them dealt out')
     if self.full and 'base' not in self.named:
         raise ValueError('reset: full training kept no copy of the base')
-    if self.full: self.copy('base', self.full)
+    if self.full: self.copy('base', self.full); self.net.to(self.dtype)
     else: self._without_adapters()
     self.net.requires_grad_(False)
+    if getattr(self.net, 'is_gradient_checkpointing', False): self.net.disable_gradient_checkpointing()
     self.named, self.current, self.full, self.swap, self.forward = {}, None, False, None, self.net
 
 # %% ../../nbs/03_models/06_policies.ipynb #251a898f

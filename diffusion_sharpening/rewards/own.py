@@ -136,6 +136,13 @@ def put_back():
         sys.stdout, sys.stderr = streams
         torch.set_default_dtype(dtype)
 
+# %% ../../nbs/04_rewards/17_own.ipynb #57e84c29
+def _at_once(fn, name): # Pictures that a function takes; 0: all
+    n = getattr(fn, 'batch', 0)
+    if isinstance(n, int) and n >= 0: return n
+    if callable(n): return 0                                # a method of the object, and no number
+    raise ValueError(f'own reward {name!r}: batch: expected a whole number of pictures, found {n!r:.40}')
+
 # %% ../../nbs/04_rewards/17_own.ipynb #78ce2a21
 class Own(Reward):
     "A function of yours as a reward"
@@ -148,10 +155,12 @@ class Own(Reward):
             self.fn = load_function(which or '')
             where, _, attr = str(which).rpartition(':')
             self.name = f'{Path(where).stem if where.endswith(".py") else where}:{attr}'
-        else: self.fn = _callable(which, 'function'); self.name = getattr(which, '__name__', 'own')
+        else:
+            self.fn = _callable(which, 'function')
+            self.name = getattr(which, 'name', None) or getattr(which, '__name__', 'own')
         self.differentiable = bool(getattr(self.fn, 'differentiable', False))
         self.may_fail = bool(getattr(self.fn, 'may_fail', False))
-        self.batch = int(getattr(self.fn, 'batch', 0))          # pictures at once; 0: all
+        self.batch = _at_once(self.fn, self.name)
 
     def grouped(self, things)->list:
         "Pictures of one size; what a world shows that is no picture stays as it is"

@@ -8,6 +8,7 @@ __all__ = ['EARLY', 'Aside', 'unlearnt', 'Progress', 'Log', 'Validate', 'KeepBes
 # %% ../../nbs/12_training/05_callbacks.ipynb #8a7e4afb
 import json, os, torch
 from functools import partial
+from itertools import count
 from dataclasses import asdict
 from pathlib import Path
 from ..basics.console import say
@@ -65,8 +66,11 @@ class Log(Callback):
     def start(self, s):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         told = self.path.is_file() and self.path.stat().st_size
-        if told and not s.history: os.replace(self.path, f'{self.path}.before')
+        if told and not s.history: os.replace(self.path, self.free())
         self.path.write_text(''.join(json.dumps(finite(r))+'\n' for r in s.history))
+    def free(self):
+        "A name for the log of before"
+        return next(p for k in count(1) if not (p := Path(f'{self.path}.{k}')).exists())
     def update(self, s):
         with self.path.open('a') as f: f.write(json.dumps(finite(s.log))+'\n')
 

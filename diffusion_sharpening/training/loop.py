@@ -9,7 +9,7 @@ __all__ = ['TrainingError', 'State', 'Callback', 'beside', 'stopping', 'prepare'
 
 # %% ../../nbs/12_training/02_loop.ipynb #7a8959f3
 import os, signal, threading, time, torch
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from ..basics.console import say
 from ..basics.files import finite
@@ -96,8 +96,9 @@ def stopping(s:State):
     "Within the block a signal to end is a wish, granted after the batch"
     def ask(sig, frame):
         s.stop = name = signal.Signals(sig).name
-        if s.rank == 0: os.write(2, f'\n{name}: the batch is finished first; again: at once\n'.encode())
         for k, h in old.items(): signal.signal(k, h)
+        with suppress(OSError):                       # whoever read it may be gone
+            if s.rank == 0: os.write(2, f'\n{name}: the batch is finished first; again: at once\n'.encode())
     here = threading.current_thread() is threading.main_thread()
     old = {k: signal.signal(k, ask) for k in (signal.SIGTERM, signal.SIGINT)} if here else {}
     try: yield
@@ -172,8 +173,8 @@ def begin(model, method, judge, source, run:Run)->State:
     team = Team(accelerator(model.device, run))
     batch = source.batch(0, team.rank, team.world)
     check_batch(method, batch, source, run)
-    kept(method)
     prepare(model, run, method)
+    kept(method)
     opt = torch.optim.AdamW(model.trainable(), lr=run.lr, betas=(.9, .99), weight_decay=0.)
     check_start(model, batch)
     return State(model, method, judge, source, run, team, opt, meter=Meter(model))
@@ -213,10 +214,11 @@ def backward(s:State, lesson, u:int)->tuple: # Loss of this process's rows, and 
     for part in lesson.parts(s.run.micro and max(1, s.run.micro//(s.width or s.method.width))):
         losses, stats = s.method.loss(s.meter, s.judge, part, u)
         if losses.shape != part.use.shape: raise _odd(s, f'{len(part)} losses', losses.shape)
-        own = (losses*part.use).sum()/total
+        use = part.use.to(losses.device)
+        own = (losses*use).sum()/total
         own.backward()
         loss = loss + own.detach()
-        for k, v in stats.items(): sums[k] = sums.get(k, 0.) + (v.detach()*part.use).sum()/total
+        for k, v in stats.items(): sums[k] = sums.get(k, 0.) + (v.detach()*use).sum()/total
     return loss, sums
 
 # %% ../../nbs/12_training/02_loop.ipynb #cc521a71

@@ -157,8 +157,11 @@ class Checkpoint(Callback):
     def last(self, s): self.save(s)
     def failed(self, s, e):
         tried = isinstance(e, CheckpointError)                  # which is said by the error itself
-        if tried or not self.ready or not s.k or not s.whole or self.saved == s.k: return
-        try: self.save(s); say(f'saved after batch {s.k}')
+        alone = isinstance(e, KeyboardInterrupt) and s.model.sharded        # the others may not come
+        if tried or alone or not self.ready or not s.k or not s.whole or self.saved == s.k: return
+        try:
+            self.save(s)
+            if s.rank == 0: say(f'saved after batch {s.k}')
         except CheckpointError as why: say(str(why))
     def save(self, s):
         if self.saved == s.k or s.rank and not s.model.sharded: return
