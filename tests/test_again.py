@@ -4,6 +4,7 @@ import pytest, torch
 from diffusion_sharpening.commands.load import load_model, quiet
 from diffusion_sharpening.data.sources import Prompts
 from diffusion_sharpening.methods.catalog import find
+from diffusion_sharpening.methods.contrast import Contrast
 from diffusion_sharpening.models.denoiser import Denoiser
 from diffusion_sharpening.models.tiny import tiny_sdxl
 from diffusion_sharpening.names.catalog import load_reward
@@ -110,3 +111,36 @@ def test_a_second_interrupt_saves(tmp_path, capfd, interruptible):
     assert [c.name for c in checkpoints(tmp_path)] == ['step-00000002']
     out, err = capfd.readouterr()
     assert 'SIGINT: the batch is finished first; again: at once' in err and 'saved after batch 2' in out
+
+
+def test_a_stop_that_nobody_reads_finishes_the_batch(monkeypatch, interruptible):
+    "`sharpen train … | tee log`: Ctrl-C ends tee too"
+    tidy, calls, write = load_reward('tidy', 'layouts'), [], os.write
+    def gone(fd, text):
+        if fd == 2: raise BrokenPipeError
+        return write(fd, text)
+    def press(pages, prompts):
+        calls.append(1)
+        if len(calls) == 2: os.kill(os.getpid(), signal.SIGINT)
+        return tidy(pages, prompts)
+    monkeypatch.setattr(os, 'write', gone)
+    model = load_model('layouts')
+    source = Prompts(model, WORLDS['layouts'].prompts(6, 'train', 1), RUN.batch)
+    s = train(model, find('contrast')(n=3, S=3), press, source, RUN)
+    assert (s.stop, s.k, s.whole) == ('SIGINT', 2, True)
+
+
+class Remembers(Contrast):
+    "Its state begins in `start`"
+    def start(self, model):
+        super().start(model)
+        self.seen = 0
+
+    def state(self): return dict(seen=self.seen)
+
+    def restore(self, state): self.seen = int(state['seen'])
+
+
+def test_state_may_begin_in_start(tmp_path):
+    assert trained(Remembers(n=3, S=3), callbacks=[Checkpoint(tmp_path, {})]).named
+    assert checkpoints(tmp_path)
