@@ -8,7 +8,6 @@ __all__ = ['ATTENTION', 'LINEAR', 'carried', 'Policies', 'policies_of', 'adapter
 # %% ../../nbs/03_models/06_policies.ipynb #c87d9498
 import os, tempfile, torch, warnings
 from contextlib import contextmanager
-from diffusers.utils import recurse_remove_peft_layers
 from fastcore.basics import patch
 from functools import partial
 from inspect import signature
@@ -264,6 +263,7 @@ def renew(self:Policies,
 # %% ../../nbs/03_models/06_policies.ipynb #4859b011
 @patch
 def _unwrapped(self:Policies): # No layer is one of peft's any more, and files have the names of before
+    from diffusers.utils import recurse_remove_peft_layers
     recurse_remove_peft_layers(self.net)
     self.layers, self.net._hf_peft_config_loaded = [], False
     if hasattr(self.net, 'peft_config'): del self.net.peft_config
