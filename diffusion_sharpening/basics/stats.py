@@ -25,9 +25,10 @@ def t_quantile(df:float, # Degrees of freedom ν, at least 1
     return math.sqrt(df)*math.tan(np.interp(share, mass/mass[-1], phi))
 
 # %% ../../nbs/01_basics/03_stats.ipynb #18f81859
-def numbers(values:list # Numbers, as they come from JSON; None where one is missing
+def numbers(values # Numbers, as they come from JSON, with None where one is missing; or a tensor
            )->Tensor: # `(N,)` float64, NaN where it was None
     "Numbers with gaps as a tensor"
+    if torch.is_tensor(values): return values.double()
     return torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
 
 # %% ../../nbs/01_basics/03_stats.ipynb #18ca8919
@@ -35,8 +36,8 @@ def interval(x, # One number per thing `(N,)`, NaN where it is missing; or a lis
              over:str='prompts' # What the things are
             )->dict: # `mean`, `low`, `high` (None without a score), `over`, and `missing` if any are
     "Mean with its 95 % interval"
-    x = numbers(x) if isinstance(x, list) else x
-    there = x.double()[~x.isnan()]; n = len(there); gone = len(x) - n
+    x = numbers(x)
+    there = x[~x.isnan()]; n = len(there); gone = len(x) - n
     if not len(x): raise ValueError('interval: expected at least one score, found none')
     what = over.removesuffix('s') if n == 1 else over
     out = dict(mean=there.mean().item() if n else None, low=None, high=None, over=f'{n} {what}')
@@ -50,8 +51,8 @@ def share(x, # Marks, 0 or 1, `(N,)`, NaN where one is missing; or a list, with 
           over:str='prompts' # What the things are
          )->dict: # As from `interval`; ValueError for any other number
     "Share of the marks that are 1, with Wilson's 95 % interval"
-    x = numbers(x) if isinstance(x, list) else x
-    out, there = interval(x, over), x.double()[~x.isnan()]; n, p, z = len(there), out['mean'], 1.959964
+    x = numbers(x)
+    out, there = interval(x, over), x[~x.isnan()]; n, p, z = len(there), out['mean'], 1.959964
     if not ((there == 0) | (there == 1)).all(): raise ValueError(f'share: expected 0s and 1s, found {there}')
     if n < 2: return out
     mid, half = p + z*z/(2*n), z*math.sqrt(p*(1 - p)/n + (z/(2*n))**2)

@@ -15,6 +15,7 @@ from ..basics.files import read_json, write_json, write_whole
 from ..basics.pictures import PICTURES, PictureError, open_picture, read_picture
 from ..basics.stats import interval
 from ..basics.texts import hidden, lines_of
+from .sample import check_free
 from ..data.archives import listed
 from ..data.tables import FILES, column, files_of, parse_source, table, text_in
 from ..names.catalog import load_reward
@@ -192,10 +193,8 @@ def _made(reward): # Own code that was edited is another reward
 
 def _folder(out): # For scores; ValueError where something else is in their place
     out = Path(out); check_no_run(out)
-    there = [k for k in ('scores.json', 'scores.csv') if (out/k).exists()]
-    if there and not (out/'scores.jsonl').exists() and not _ours(out/'scores.json'):
-        raise ValueError(f'out: {out} holds {there[0]}, which this command has not written; '
-                         'name another --out')
+    names = 'scores.json', 'scores.csv'
+    check_free(out, names, names*((out/'scores.jsonl').exists() or _ours(out/'scores.json')))
     try: out.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise ValueError(f'out: cannot make the folder {out} ({e.strerror})') from None
     return out

@@ -10,7 +10,7 @@ import torch
 from dataclasses import dataclass, field
 from torch import Tensor
 from ..basics.seeds import fold
-from ..basics.words import listed
+from ..basics.words import as_texts
 from .latents import Latents, conditioning, dropped
 from .tables import rows
 
@@ -35,7 +35,7 @@ class Prompts:
         seed:int=0, # Of the run
         drop:float=0. # Share of captions that the model is not told, for classifier-free guidance
     ):
-        self.model, self.prompts, self.size, self.seed, self.drop = model, listed(prompts), size, seed, drop
+        self.model, self.prompts, self.size, self.seed, self.drop = model, as_texts(prompts), size, seed, drop
         if not self.prompts: raise ValueError('source: expected at least one prompt, found none')
 
     def rows(self, k:int) -> list:

@@ -13,7 +13,7 @@ from itertools import zip_longest
 from torch import Tensor
 from ..basics.seeds import START, noise
 from ..basics.stats import interval, share
-from ..basics.words import listed
+from ..basics.words import as_texts
 from .alarms import picture_stats
 from ..maths.rollout import own_eta, rollout
 from ..rewards.own import as_judge
@@ -57,7 +57,7 @@ def evaluate(model, # Any model
              chunk:int=32 # Pictures made at once
             )->Evaluation: # ValueError without prompts or steps
     "Sample one picture per prompt and score it"
-    prompts, eta = listed(prompts), own_eta(model, eta)
+    prompts, eta = as_texts(prompts), own_eta(model, eta)
     if not prompts: raise ValueError('evaluate: expected at least one prompt, found none')
     if S < 1: raise ValueError(f'evaluate: expected at least one sampler step, found {S}')
     from tqdm.auto import tqdm

@@ -36,15 +36,18 @@ def comparison_table(found:dict, # From `compared`
     text = columns([head, ['base', *base, cost(found['base'])], *rows])
     return f'{text}\nchanges against the base; over {over}'
 
+# %% ../../nbs/14_experiments/13_show.ipynb #dffd742f
+def _sure(change): # Does an interval exclude 0?
+    return change['low'] is not None and (change['low'] > 0 or change['high'] < 0)
+
 # %% ../../nbs/14_experiments/13_show.ipynb #e22e33f9
 def kinds_table(found:dict, # From `compared`
                 exam:str # Name of the exam
                )->str:
     "The exam for each kind of prompt: the base's means and the changes, `*` where an interval excludes 0"
     kinds = [*found['base']['kinds']]
-    def sure(c): return c['low'] is not None and (c['low'] > 0 or c['high'] < 0)
     def mean(c, sign=''): return '–' if c['mean'] is None else f"{c['mean']:{sign}.3f}"
-    def row(o): return [mean(o[k]['change'], '+') + (' *'[sure(o[k]['change'])]) for k in kinds]
+    def row(o): return [mean(o[k]['change'], '+') + (' *'[_sure(o[k]['change'])]) for k in kinds]
     base = [mean(found['base']['kinds'][k]['value']) + ' ' for k in kinds]
     rows = [[k, *row(found[k]['kinds'])] for k in by_exam(found, exam)]
     return columns([['', *kinds], ['base', *base], *rows], right=range(1, len(kinds) + 1))
@@ -90,8 +93,7 @@ def draw_changes(found:dict, # From `compared`
 # %% ../../nbs/14_experiments/13_show.ipynb #8d1aacd5
 def _bar(ax, y, change):
     low, high = change['low'], change['high']
-    sure = low is not None and (low > 0 or high < 0)
-    colour = '.6' if not sure else '#0072B2' if change['mean'] > 0 else '#D55E00'
+    colour = '.6' if not _sure(change) else '#0072B2' if change['mean'] > 0 else '#D55E00'
     if low is not None: ax.plot([low, high], [y, y], color=colour, lw=2)
     ax.plot(change['mean'], y, 'o', color=colour, ms=5)
 

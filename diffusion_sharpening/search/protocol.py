@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from ..basics.seeds import START, noise, stream
 from ..basics.stages import stage
-from ..basics.words import listed
+from ..basics.words import as_texts
 from ..maths.choice import argmax, pick
 from ..maths.rollout import rollout
 from ..maths.schedules import pad_right
@@ -93,7 +93,7 @@ class Verifier:
         model, # Has `show`
         judge, # A reward or a function, or several rewards as a `Mixture`
         prompts:list # `B` texts
-    ): self.model, self.judge, self.prompts, self.calls = model, as_judge(judge), listed(prompts), 0
+    ): self.model, self.judge, self.prompts, self.calls = model, as_judge(judge), as_texts(prompts), 0
 
     def scores(self,
         x0:Tensor # Clean estimates `(n, B, *item)`

@@ -16,7 +16,7 @@ from ..basics.files import finite
 from ..basics.seeds import START, noise
 from ..basics.stages import stage
 from ..maths.rollout import Meter
-from ..methods.protocol import kept
+from ..methods.protocol import kept_state
 from ..models.loading import dtype_of
 from ..models.policies import ATTENTION, LINEAR
 from ..models.sharding import whole
@@ -174,7 +174,7 @@ def begin(model, method, judge, source, run:Run)->State:
     batch = source.batch(0, team.rank, team.world)
     check_batch(method, batch, source, run)
     prepare(model, run, method)
-    kept(method)
+    kept_state(method)
     opt = torch.optim.AdamW(model.trainable(), lr=run.lr, betas=(.9, .99), weight_decay=0.)
     check_start(model, batch)
     return State(model, method, judge, source, run, team, opt, meter=Meter(model))

@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from ..basics.console import say
 from ..basics.files import finite
-from ..methods.protocol import kept
+from ..methods.protocol import kept_state
 from ..models.sharding import collected, dealt
 from .checkpoints import (
     CheckpointError, checkpoints, load_latest, random_state, save_checkpoint, set_random_state)
@@ -56,7 +56,7 @@ def snapshot(s, # `State` of the loop
     counts = {k: getattr(s, k) for k in ('k', 'skipped', 'bad', 'nfe', 'seconds')}
     record = dict(identity=identity(s, about), steps=s.run.steps, counts=counts, history=finite(s.history),
                   random=rest)
-    own = kept(s.method)
+    own = kept_state(s.method)
     return dict(weights=weights, optimizer=moments,
                 random=chance) | (dict(method=own) if own else {}), record
 
