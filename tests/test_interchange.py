@@ -13,9 +13,10 @@ from diffusion_sharpening.models.tiny import tiny_flux, tiny_sd, tiny_sd3, tiny_
 from diffusion_sharpening.commands import interchange
 from diffusion_sharpening.models.counting import anatomy
 from diffusion_sharpening.commands.interchange import (
-    check_decode, decode_problem, export, from_kohya, kohya_name, push, to_kohya)
+    check_decode, decode_problem, export, from_kohya, kohya_name, plain_layout, push, to_kohya)
 from diffusion_sharpening.commands.card import model_card
 from diffusion_sharpening.commands.merge import merge
+from diffusion_sharpening.commands.sample import sample
 from diffusion_sharpening.models.policies import ATTENTION, LINEAR
 from diffusion_sharpening.worlds.world import model_path
 
@@ -344,3 +345,15 @@ def test_a_merge_of_transformers_opens_in_diffusers(make, tmp_path):
     was, now = changes(tmp_path/'a'), changes(tmp_path/'m')
     assert was and {*was} == {*now}
     for k, v in was.items(): torch.testing.assert_close(now[k], v)
+
+
+def test_files_of_other_tools(folders, tmp_path):
+    "A command makes the same pictures of a LoRA in kohya's layout and in that of diffusers"
+    model = str(folders/'xl')
+    lora = tuned(folders/'xl', tmp_path/'run')
+    file = to_kohya(lora, tmp_path/'theirs.safetensors', model)
+    for name, path in (('ours', lora), ('theirs', file)):
+        sample(model, str(path), out=str(tmp_path/name), prompts='shapes', n=1, S=2)
+    ours, theirs = ((tmp_path/k/'0000.png').read_bytes() for k in ('ours', 'theirs'))
+    assert ours == theirs
+    with pytest.raises(ValueError, match='does not have'): plain_layout(file, tmp_path/'x', str(folders/'sd'))

@@ -7,11 +7,11 @@ __all__ = ['quiet', 'named', 'full_name', 'check_sampler', 'check_own', 'load_mo
            'as_of_run', 'as_trained', 'output_folder']
 
 # %% ../../nbs/13_commands/03_load.ipynb #43b44961
-import os, torch, warnings
+import os, tempfile, torch, warnings
 from functools import partial
 from pathlib import Path
 from ..basics.files import read_json
-from .interchange import run_weights
+from .interchange import plain_layout, run_weights
 from ..models.denoiser import Denoiser
 from ..models.counting import ALIASES
 from ..models.lora import lora_file, merge_file
@@ -75,7 +75,7 @@ def check_own(lora # Folder of a run, or any LoRA
 # %% ../../nbs/13_commands/03_load.ipynb #dc1e6626
 def load_model(name:str, # Embedded (`shapes`, …), a folder, or a name on the Hugging Face Hub
                guidance:float=None, # Classifier-free guidance; None: none for embedded models, 5 for others
-               lora:str=None, # Folder of a LoRA to put on it
+               lora:str=None, # Folder or file of a LoRA to put on it
                dtype:str='float32', # Precision it is loaded in
                px:int=None, # Side of its pictures in pixels; None: what the model was made for
                variant:str=None, # Variant of its files, e.g. fp16
@@ -92,7 +92,8 @@ def load_model(name:str, # Embedded (`shapes`, …), a folder, or a name on the 
     model = load(path, guidance or usual_guidance(name), eta, dtype, px=px, vae=vae, variant=variant)
     if lora is not None:
         check_own(lora)
-        model.load_lora(named(lora, 'lora'), trainable=False)
+        with tempfile.TemporaryDirectory() as tmp:
+            model.load_lora(plain_layout(named(lora, 'lora'), tmp, name), trainable=False)
     return model
 
 # %% ../../nbs/13_commands/03_load.ipynb #8f5714e5

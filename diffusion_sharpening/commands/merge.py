@@ -6,11 +6,12 @@
 __all__ = ['Named', 'parts_of', 'common_base', 'check_whole_way', 'merge', 'said']
 
 # %% ../../nbs/13_commands/17_merge.ipynb #0d4f0425
-import math, re
+import math, re, tempfile
 from collections import namedtuple
 from pathlib import Path
 from ..basics.files import read_json, write_json
 from ..basics.words import brief
+from .interchange import plain_layout
 from .load import base_of, output_folder
 from ..methods.protocol import Method
 from ..models.lora import lora_file, merge_file, network_of, read_lora, write_lora
@@ -57,6 +58,10 @@ def check_whole_way(path # Folder of a run, or any LoRA
     if type(method).deployed is not Method.deployed:
         raise ValueError(f"merge: {path} is of {asked['method']}, whose adapter does not make every step")
 
+# %% ../../nbs/13_commands/17_merge.ipynb #682dcf01
+def _read(path, model): # A LoRA in either layout
+    with tempfile.TemporaryDirectory() as tmp: return read_lora(plain_layout(path, tmp, model))
+
 # %% ../../nbs/13_commands/17_merge.ipynb #4ad6011e
 def _place(out): # A folder that holds nothing, or an earlier merge
     out = output_folder(out)
@@ -87,8 +92,8 @@ def merge(
     if rank is not None and rank < 1: raise ValueError(f'rank: expected at least 1, found {rank}')
     found, out = parts_of(parts), _place(out)
     for p in found: check_whole_way(p.path)
-    adapters = [read_lora(p.path) for p in found]
     base = common_base([p.path for p in found], model)
+    adapters = [_read(p.path, base) for p in found]
     named, rank, error = merged(adapters, [p.weight for p in found], rank)
     told = dict(model=base, parts=[dict(lora=p.path, weight=p.weight) for p in found], rank=rank, error=error)
     _same_merge(out, told)
