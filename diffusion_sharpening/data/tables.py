@@ -333,7 +333,9 @@ def files_of(s:Source, # Where
     def choose(names): return data_files(names, s.split, s.place, kinds)
     place = hub_folder(s.place, choose) if s.hub else Path(s.place).expanduser()
     if place.is_file(): return [place]
-    if not place.is_dir(): raise ValueError(f'data: expected a file or a folder, found no {place}')
+    if not place.is_dir():
+        what = f'{place}, which cannot be read twice; write it to a file' if place.exists() else f'no {place}'
+        raise ValueError(f'data: expected a file or a folder, found {what}')
     return [place/n for n in choose(names_in(place))]
 
 # %% ../../nbs/07_data/01_tables.ipynb #9d76c6e1
