@@ -230,6 +230,18 @@ def test_what_changed_is_said(made, tmp_path, capsys):
     assert 'reward.code was ' in said and 'may differ from that of an uninterrupted run' in said
 
 
+def test_an_edited_method_is_said(made, tmp_path, capsys):
+    "The code of a method of one's own, which the library does not hold still"
+    own = 'from diffusion_sharpening.methods.contrast import Contrast\nclass Mine(Contrast): pass\n'
+    (tmp_path/'mine.py').write_text(own)
+    shared.go(made, f'{tmp_path}/mine.py:Mine', tmp_path/'a', 1, n=2)
+    resume(f'{tmp_path}/mine.py:Mine', tmp_path/'a', steps=2)
+    assert 'method was' not in capsys.readouterr().out
+    (tmp_path/'mine.py').write_text(own + '# another\n')
+    resume(f'{tmp_path}/mine.py:Mine', tmp_path/'a', steps=3)
+    assert 'method was ' in capsys.readouterr().out
+
+
 def test_from_another_folder(made, tmp_path, monkeypatch):
     "A run that was started with relative paths goes on from anywhere"
     monkeypatch.chdir(made)

@@ -26,6 +26,7 @@ from ..evaluation.measure import all_scores, evaluate
 from ..models.lora import lora_file
 from ..names.catalog import entry, packages
 from ..names.grammar import parse_spec
+from ..rewards.own import code_of
 from ..training.advice import advice
 from ..training.callbacks import (
     Alarms, KeepBest, Log, Progress, Timer, Tracker, Validate, WinRate, unlearnt)
@@ -220,6 +221,7 @@ def fine_tune(out:Path, # Folder of the run
     chunk, about = job.plan['evaluation_chunk'], depends_on(job, asked['model'])
     before, kept = measured_before(job, out/BEFORE, about, chunk)
     around = provenance() | dict(model=model_content(asked['model']), reward=job.judge.identity(),
+                                 method=code_of(type(job.method))*(':' in asked['method']),  # if it is yours
                                  answers=', '.join(map(str, job.answers)),
                                  prompts=prompts_digest(job.source.prompts))
     units = units_of(model.source, model.size[1], run, vae)

@@ -108,7 +108,7 @@ def _callable(f, which):
 
 # %% ../../nbs/04_rewards/17_own.ipynb #bf124a00
 def _sources(fn): # Files of a function, and of what its module uses from the same folder
-    own = inspect.unwrap(fn) if inspect.isroutine(fn) else type(fn)
+    own = inspect.unwrap(fn) if inspect.isroutine(fn) else fn if inspect.isclass(fn) else type(fn)
     first = Path(inspect.getsourcefile(own)).resolve()
     used = vars(inspect.getmodule(own) or sys.modules[own.__module__]).values()
     files = {getattr(inspect.getmodule(o), '__file__', None) for o in used if hasattr(o, '__name__')}
@@ -116,7 +116,7 @@ def _sources(fn): # Files of a function, and of what its module uses from the sa
     return sorted({first, *(f.resolve() for f in beside)})
 
 # %% ../../nbs/04_rewards/17_own.ipynb #29c74f8c
-def code_of(fn # A function, or an object that is called like one
+def code_of(fn # A function, a class, or an object that is called like a function
            )->str: # SHA-256 in hex; '' where there is no source to read
     "A checksum of the code of a function"
     try: text = b''.join(f.read_bytes() for f in _sources(fn))
