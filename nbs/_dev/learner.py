@@ -10,6 +10,7 @@ another method, and `--guidance 3` trains and measures the model as it is under 
 puts logs together."""
 import argparse, json, time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 import torch
 from results import write
@@ -21,7 +22,8 @@ from diffusion_sharpening.commands.options import parse_settings
 from diffusion_sharpening.commands.provenance import provenance
 from diffusion_sharpening.data.sources import Prompts
 from diffusion_sharpening.data.tables import prompt_set
-from diffusion_sharpening.evaluation.measure import evaluate
+from diffusion_sharpening.evaluation.alarms import alarms
+from diffusion_sharpening.evaluation.measure import evaluate, statistics
 from diffusion_sharpening.maths.choice import tied
 from diffusion_sharpening.maths.rollout import rollout
 from diffusion_sharpening.maths.schedules import add_noise
@@ -169,25 +171,26 @@ def signal(a):
 KEPT = 'reward', 'best', 'spread', 'apart', 'grad_norm' # Of the log of a batch
 
 class Watch(Callback):
-    "The exam on held-out captions every so often, and the judge that is followed"
+    "Exam, the judge that is followed and alarms on held-out captions, every so often"
     order = 90
     def __init__(self, texts, every, judges, model, keep, rows): # `keep(watch)` after each look
         self.texts, self.every, self.judges, self.keep, self.rows = texts, every, judges, keep, rows
-        self.base = self.scores(model)
+        self.base = self.asked(model)
     def start(self, s): self.rows = [r for r in self.rows if r['batch'] <= s.k]
-    def scores(self, model): return evaluate(model, self.texts, self.judges).scores
+    def asked(self, model): return evaluate(model, self.texts, self.judges)
     def update(self, s):
         if s.k % self.every == 0: self.look(s)
     def look(self, s):
-        with s.model.use('ema' if s.run.ema else 'policy'): got = self.scores(s.model)
-        x = got['exam']
+        with s.model.use('ema' if s.run.ema else 'policy'): e = self.asked(s.model)
+        was, got, x = self.base.scores, e.scores, e.scores['exam']
         recent = s.history[-self.every:]
         of = {k: sum(r[k] for r in recent)/len(recent) for k in KEPT if k in recent[0]}
-        found = dict(mean=x, strict=all_hold(x), gain=x - self.base['exam'],
-                     gain_strict=(all_hold(x) - all_hold(self.base['exam'])).float())
-        found |= {f'gain_{k}': v - self.base[k] for k, v in got.items() if k != 'exam'}
+        found = dict(mean=x, strict=all_hold(x), gain=x - was['exam'],
+                     gain_strict=(all_hold(x) - all_hold(was['exam'])).float())
+        found |= {f'gain_{k}': v - was[k] for k, v in got.items() if k != 'exam'}
         means = {k: interval(v, 'captions') for k, v in found.items()}
-        self.rows.append(means | dict(batch=s.k, candidates=of))
+        rang = alarms(e.images, self.base.images, stats=partial(statistics, prompts=self.texts))
+        self.rows.append(means | dict(batch=s.k, candidates=of, alarms=rang))
         print({k: shown(v) if k in means else v for k, v in self.rows[-1].items()}, flush=True)
         self.keep(self)
 
@@ -207,7 +210,7 @@ def run(a):
         write_json(file, provenance() | dict(
             name=a.name, method=a.method, preset=a.preset, guidance=a.guidance, captions=a.n, rows=watch.rows,
             reward=(a.reward or 'exam') if method.needs_judge else None,
-            base=interval(watch.base['exam'], 'captions'), cpu_seconds=time.process_time() - start,
+            base=interval(watch.base.scores['exam'], 'captions'), cpu_seconds=time.process_time() - start,
             settings=dict(run=asdict(made), method=asdict(method))))
     watch = Watch(texts, a.every, judges, model, keep, old['rows'])
     about = dict(reward=a.reward, guidance=a.guidance)
