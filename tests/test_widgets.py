@@ -19,6 +19,19 @@ def test_answers_train_d3po(made, tmp_path):
     go(made, 'd3po', tmp_path/'run', 1, preset='human', images=str(tmp_path/'choices.jsonl'))
     assert json.loads((tmp_path/'run'/'report.json').read_text())['steps'] == 1
 
+def test_other_samples_than_the_judged_are_refused(made, tmp_path):
+    "The seeds of a study that was drawn with two steps are those of other pictures with three"
+    model = Denoiser.from_pretrained(made/'xl', device='cpu')
+    for S in (2, 3):
+        look, study = sampled(model, S), Study([(p, 1, 2) for p in PROMPTS[:2]], tmp_path/f'{S}.jsonl')
+        for k in range(2): study.answer('left', [look(PROMPTS[k], o) for o in study.sides(k)])
+        assert save_choices(study, tmp_path/f'choices-{S}.jsonl') == 2
+    def train_on(S):
+        images = str(tmp_path/f'choices-{S}.jsonl')
+        return go(made, 'd3po', tmp_path/f'run-{S}', 1, preset='human', images=images)
+    with pytest.raises(ValueError, match='expected the pictures that were judged; with S=3'): train_on(2)
+    assert train_on(3)['batches'] == 1
+
 def test_accepted_samples_train(made, tmp_path):
     "A curated folder is what `standard --images` learns from"
     pictures = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ..basics.seeds import stream
 from ..basics.settings import within
 from ..maths.losses import preference, step_log_ratio
+from ..maths.rollout import Trajectory
 from ..maths.samplers import log_prob
 from .parts import at_end, candidate_seeds, guided, repeated, summary
 from .steps import step_law, step_rows, trained_steps, whole_paths
@@ -96,9 +97,12 @@ class D3POHuman(D3PO):
     "D3PO from recorded choices among samples of the base model"
     needs_judge, columns = False, ('better_seed', 'worse_seed')
 
+    def drawn(self, model, seeds, cond) -> Trajectory:
+        "The samples of seeds `(…, B)`, as this method makes them"
+        return whole_paths(guided(model, self.guidance), self.S, seeds, cond, self.eta)
+
     def collect(self, model, judge, batch) -> Lesson:
         "The two samples of each choice, made again"
         seeds = torch.stack([batch.data[k].cpu() for k in self.columns])
-        with model.reference():
-            tr = whole_paths(guided(model, self.guidance), self.S, seeds, batch.cond, self.eta)
+        with model.reference(): tr = self.drawn(model, seeds, batch.cond)
         return self.lesson(model, batch, tr, torch.ones(len(batch), device=tr.end.device), {})

@@ -139,7 +139,10 @@ def save_choices(study:Study, path # JSON lines
         if r['better'] == 'tie': continue
         worse = study.names[r['better'] == study.names[0]]
         sides = dict(zip(study.names, (r['first'], r['second'])))
-        rows.append(dict(prompt=r['prompt'], better=sides[r['better']], worse=sides[worse]))
+        better, seen = sides[r['better']], r.get('seen') or []
+        own = dict(zip(map(_plain, study.sides(i)), seen)) if isinstance(better, int) else {}
+        known = dict(better_seen=own[better]) if better in own else {}
+        rows.append(dict(prompt=r['prompt'], better=better, worse=sides[worse]) | known)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in rows))
     return len(rows)

@@ -42,7 +42,8 @@ class ExplorerView:
         self.prompt = w.Text(prompt, description='caption', layout=wide)
         self.seed = w.IntText(0, description='seed', layout=w.Layout(width='14em'))
         self.branch = w.Dropdown(options=BRANCHES, description='branch', layout=wide)
-        self.eta = w.FloatSlider(1., min=0., max=1., step=.1, description='η')
+        room = w.Layout(min_width='17em')
+        self.eta = w.FloatSlider(1., min=0., max=1., step=.1, description='η', layout=room)
         self.run = w.Button(description='Run', button_style='primary')
         self.step = w.IntSlider(1, min=1, max=1, description='step', disabled=True, layout=wide)
         own_size = w.Layout(display='none', align_self='flex-start', max_width='100%')
@@ -51,8 +52,8 @@ class ExplorerView:
         _on_enter(self.prompt, self.explore)
         self.branch.observe(lambda _: self._rest(), 'value')
         self.step.observe(lambda _: self.draw(), 'value')
-        self.box = w.VBox([self.prompt, self.branch, w.HBox([self.seed, self.eta, self.run]),
-                           self.step, self.said, self.picture])
+        rest = w.HBox([self.seed, self.eta, self.run], layout=w.Layout(flex_flow='row wrap'))
+        self.box = w.VBox([self.prompt, self.branch, rest, self.step, self.said, self.picture])
 
     def _rest(self): self.eta.disabled = self.branch.value is noises  # which draws nothing after the start
 
@@ -183,7 +184,7 @@ class StudyView:
 # %% ../../nbs/15_widgets/04_views.ipynb #9d94b675
 class CurationView:
     "A grid of samples to accept or to reject"
-    def __init__(self, curation:Curation, columns:int=4 # Of the grid
+    def __init__(self, curation:Curation, columns:int=4 # Of the grid, at most
                 ):
         import ipywidgets as w
         from diffusion_sharpening.basics.pictures import as_png
@@ -197,7 +198,8 @@ class CurationView:
             picture = w.Image(value=as_png(x), format='png', width=150)
             cards.append(w.VBox([picture, said, w.HBox(list(both.values()))]))
         self.said = w.HTML()
-        grid = w.GridBox(cards, layout=w.Layout(grid_template_columns=f'repeat({columns}, 180px)'))
+        rows = dict(grid_template_columns='repeat(auto-fill, 180px)', max_width=f'{184*columns}px')
+        grid = w.GridBox(cards, layout=w.Layout(**rows))
         self.box = w.VBox([grid, self.said])
         self.box.add_class('sharpen-curation')
         for i in range(len(cards)): self.draw(i)
