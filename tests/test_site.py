@@ -14,7 +14,10 @@ EIGHT = ('index.html', '00_start/how_do_i.html', '00_start/does_it_sharpen.html'
          '12_training/run.html', '08_methods/parts.html', 'reference/gallery.html', 'reference/names.html')
 QUESTIONS = {'how do I use my own reward': 'how_do_i', 'learning rate': 'how_do_i',
              'which method when': 'which_method', 'use my own reward': 'how_do_i', 'train sdxl': 'how_do_i',
-             'what is nfe': 'metrics', 'resume': 'resume'}
+             'what is nfe': 'metrics', 'resume': 'resume', 'train on my prompts': 'how_do_i',
+             'reward hacking': 'how_do_i', 'out of memory': 'how_do_i', 'multiple gpus': 'how_do_i',
+             'what is eta': 'how_do_i', 'dataset format': 'how_do_i', 'preference pairs': 'how_do_i',
+             'windows': 'how_do_i', 'install': 'how_do_i', 'citation': 'index', 'SDXL 24 GB': 'sdxl'}
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):

@@ -10,6 +10,7 @@ __all__ = ['by_exam', 'comparison_table', 'kinds_table', 'measures_table', 'hack
 from ..basics.console import columns
 from ..basics.files import read_json
 from ..basics.stats import shown
+from ..basics.words import one_of
 from .arms import ARMS
 from .compare import FALL
 from ..worlds.world import WORLDS, weights
@@ -141,17 +142,18 @@ def mean_curve(curves:list, # A curve for each seed, from `curve_of`
 def draw_learning(found:dict, # From `compared`
                   judges:list, # Names of those that are drawn, a panel each
                   exam:str, # Name of the exam, which orders the arms
-                  coloured:int=5 # Arms in colour, the first ones; the others are grey
+                  coloured:list=None # Names of up to six arms, the others are grey; None: the first five
                  ): # Figure of matplotlib
     "What was looked at during the trainings"
     from matplotlib.figure import Figure
     names = [k for k in by_exam(found, exam) if found[k].get('curve')]
-    colours = dict(zip(names[:coloured], ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00')))
+    palette = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9'
+    colours = dict(zip([one_of(k, names, 'arm') for k in coloured or names[:5]], palette))
     fig = Figure(figsize=(3.4*len(judges), 2.8), layout='constrained')
     axs = fig.subplots(1, len(judges), squeeze=False)[0]
     for ax, k in zip(axs, judges):
         for name in reversed(names):
-            ax.plot(*mean_curve(found[name]['curve'], k), color=colours.get(name, '.85'), label=name)
+            ax.plot(*mean_curve(found[name]['curve'], k), color=colours.get(name, '.7'), label=name)
         ax.set_title(k, fontsize=9)
         ax.set_xlabel('evaluations spent', fontsize=8)
         ax.locator_params(axis='x', nbins=4)

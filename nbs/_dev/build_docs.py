@@ -24,7 +24,7 @@ def groups_of(pages):
     groups = {}
     for p in pages:
         folder = group_title(p.path.parent.as_posix())
-        if p.path.stem != 'index': groups.setdefault(folder, []).append([p.out.as_posix(), p.title])
+        if p.path.stem != 'index': groups.setdefault(folder, []).append([p.out.as_posix(), plain(p.title)])
     made = [[f'reference/{o}', o.capitalize()] for o in ('gallery', 'names')]
     groups.setdefault('Reference', []).extend(made)
     return groups

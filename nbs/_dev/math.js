@@ -11,3 +11,10 @@ document.addEventListener("DOMContentLoaded", () => document.querySelectorAll(".
   keep.append(e, mark[0]);
   next.data = next.data.slice(mark[0].length);
 }));
+// The page that is open is in sight in a long list of contents
+document.addEventListener("DOMContentLoaded", () => {
+  const list = document.querySelector(".sidebar-scroll"), here = list && list.querySelector(".current-page");
+  if (!here) return;
+  const {top, bottom} = list.getBoundingClientRect(), at = here.getBoundingClientRect().top;
+  if (at > bottom - 40) list.scrollTop += at - (top + bottom)/2;
+});

@@ -130,11 +130,17 @@ def alternative(cell, page, heading, prose, drawing=False):
     text = '. '.join(t.rstrip('.:') for t in [first, said] if t)
     return text[:400].replace('"', "'") + '.'
 
-def is_drawing(png, source):
-    "Is this picture lines and letters on a white ground, whose colours may be turned in the dark?"
+def opened(png):
     from PIL import Image
-    im = Image.open(io.BytesIO(base64.b64decode(''.join(png)))).convert('L')
-    return im.histogram()[255] > .6*im.width*im.height and 'imshow' not in source
+    return Image.open(io.BytesIO(base64.b64decode(''.join(png))))
+
+def is_drawing(png, cell):
+    "Is this picture lines and letters on a white ground, whose colours may be turned in the dark?"
+    if 'imshow' in cell.source or option(cell, 'fig-kind') == 'picture': return False
+    im = opened(png).convert('L')
+    return im.histogram()[255] > .6*im.width*im.height
+
+WIDE = 700                                         # pixels of a picture that a phone shows in part, not small
 
 def checks_only(source):
     "Is this a cell of many checks and nothing to look at?"
@@ -178,7 +184,7 @@ def shown(c, page, links, heading, prose):
         if md := o.get('data', {}).get('text/markdown'):
             o.data['text/markdown'] = links.text(''.join(md), page)
     pictures = [p for o in c.outputs if (p := o.get('data', {}).get('image/png'))]
-    drawing = bool(pictures) and all(is_drawing(p, c.source) for p in pictures)
+    drawing = bool(pictures) and all(is_drawing(p, c) for p in pictures)
     alt = alternative(c, page, heading, prose, drawing) if pictures else ''
     c.source = bare(c)
     if imports_only(c.source): folded(c, 'Imports')
@@ -187,7 +193,8 @@ def shown(c, page, links, heading, prose):
     elif not c.outputs and checks_only(c.source): folded(c, 'Checks')
     elif pictures and c.source.count('\n') >= LONG: folded(c, 'Code of the figure')
     if pictures:
-        kind = 'drawing' if drawing else 'picture'
+        wide = max(opened(p).width for p in pictures) > WIDE
+        kind = 'drawing' if drawing else 'picture wide' if wide else 'picture'
         c.metadata.setdefault('mystnb', {})['image'] = dict(alt=alt, classes=kind)
     return [c]
 
