@@ -157,6 +157,9 @@ def check_plan(model, # `Denoiser`, or another model of its world
               )->dict: # Name → value of the plan; ValueError if it does not fit
     "Say what a run will cost, and refuse one that does not fit"
     world, dev = int(os.environ.get('WORLD_SIZE', 1)), device_here(model.device)
+    if not model.source:
+        raise ValueError("plan: expected a model whose `source` is the folder that it was loaded from, found "
+                         f'none in {type(model).__name__}; from Python `training.loop.train` takes it')
     def rows(**more):
         return planned(model.source, method, preset, dev, model.size[1], model.guidance, vae, world,
                        heldout=heldout, S_eval=S_eval, **without(changes, more) | more)

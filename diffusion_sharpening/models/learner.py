@@ -13,6 +13,7 @@ from ..basics.seeds import START, noise
 from ..basics.words import one_of
 from ..maths.rollout import own_eta, rollout
 from ..maths.schedules import to_x0_eps
+from .loading import dtype_of
 from .policies import ATTENTION, Policies
 from .protocol import denoising_loss
 from .sharding import gather, shard
@@ -20,6 +21,11 @@ from .sharding import gather, shard
 # %% ../../nbs/03_models/08_learner.ipynb #2965b5e8
 class Learner:
     "A model that learns: its network is in `policies`"
+    guidance, dtype = 1., torch.float32
+    size, source = (None, None), None      # of its pictures in pixels; the folder it was loaded from
+    autoencoder = score_vae = None         # between pictures and items; None: things are read off the items
+    text_encoders, cache = (), ()          # networks that read prompts; prompts that were read
+
     def trainable(self) -> list:
         "The parameters that learn"
         return self.policies.trainable()
@@ -123,6 +129,20 @@ def gather(self:Learner):
 def wait(self:Learner):
     "Keep the other processes company until they have come as far"
     if self.sharded: self.policies.forward.wait()
+
+# %% ../../nbs/03_models/08_learner.ipynb #9adf7334
+@patch
+def cast(self:Learner,
+    dtype # Of `torch`, or its name; a model that can be cast has its own
+) -> Learner:
+    "Exact numbers: anything but float32 is refused"
+    if dtype_of(dtype) == torch.float32: return self
+    raise ValueError(f'precision: expected float32 for this model, found {dtype}')
+
+# %% ../../nbs/03_models/08_learner.ipynb #1a1c2f79
+@patch
+def say_cut(self:Learner, prompts:list): # Texts
+    "Nothing: prompts are read whole; a model that cuts long ones warns"
 
 # %% ../../nbs/03_models/08_learner.ipynb #68ac0818
 @patch

@@ -96,8 +96,12 @@ def _check_new(pol, name, rank, targets):  # Can this adapter be added?
     if name in getattr(pol.net, 'peft_config', {}):
         raise ValueError(f'LoRA name: {name!r} is there already; choose another, or load the model anew')
     if rank < 1: raise ValueError(f'LoRA rank: expected at least 1, found {rank}')
+    if not hasattr(pol.net, 'add_adapter'):
+        raise ValueError("LoRA: expected a network with diffusers' `PeftAdapterMixin`, found "
+                         f'{type(pol.net).__name__}; rank=0 trains every weight')
     if not any(f'.{m}'.endswith(tuple(f'.{o}' for o in targets)) for m, _ in pol.net.named_modules()):
-        raise ValueError(f'LoRA targets: no layer of this network is called {", ".join(targets)}')
+        raise ValueError(f'LoRA targets: no layer of this network is called {", ".join(targets)}; '
+                         'rank=0 trains every weight')
 
 # %% ../../nbs/03_models/06_policies.ipynb #b702b611
 def _untouched(layer): # Are there no hooks on a layer, and nothing in the place of its `forward`?

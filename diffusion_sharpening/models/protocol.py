@@ -7,7 +7,7 @@ __all__ = ['Model', 'training_times', 'denoising_loss', 'check_predictions', 'ch
            'check_weights', 'check_model']
 
 # %% ../../nbs/03_models/01_protocol.ipynb #9262abcc
-import math, torch
+import inspect, math, torch
 from typing import Protocol, runtime_checkable
 from torch import Tensor
 from ..basics.seeds import normals, stream
@@ -30,7 +30,7 @@ class Model(Protocol):
     def output(self, x_t, t, cond): "What the network predicts for items `(…, B, *item)` at times `t`"
     def predict(self, x_t, t, cond): "The clean items and the noise that follow: `x0, eps`"
     def grid(self, S): "Times of a sampler of `S` steps, `(S+1,)`, from noise to the clean end"
-    def show(self, x0): "The things that items stand for, `(…, *thing)`"
+    def show(self, x0, chunk=8, fast=False, grad=False): "The things that items stand for, `(…, *thing)`"
     def latents(self, things): "The items of things"
     def denoising_loss(self, x0, cond, seeds): "What is learned from clean items: an error of each, `(B,)`"
     def with_guidance(self, guidance): "The same model seen with another guidance"
@@ -104,6 +104,8 @@ def check_candidates(model, cond):
 @torch.no_grad()
 def check_things(model, things, eps):
     "Items of things show as these things"
+    try: inspect.signature(model.show).bind(None, 8, fast=True, grad=True)
+    except TypeError: raise AssertionError('show: expected (x0, chunk=8, fast=False, grad=False)') from None
     if things is None: return
     z = model.latents(things)
     fits = z.shape[1:] == tuple(model.item) and z.dtype == torch.float32

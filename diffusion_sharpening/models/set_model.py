@@ -15,7 +15,6 @@ from ..maths.schedules import VP, add_noise
 from .cond import Cond
 from .fit import picks
 from .learner import Learner
-from .loading import dtype_of
 from .policies import Policies
 from .sets import (
     SetTransformer, load_network, save_network)
@@ -24,9 +23,6 @@ from .sets import (
 class SetModel(Learner):
     "A model of sets; subclasses have `item`, `encode`, `show` and `latents`"
     kind, schedule = 'epsilon', VP.scaled_linear(final=1.)
-    autoencoder = score_vae = None   # things are read off the items
-    text_encoders, size, dtype = (), (None, None), torch.float32
-    cache = ()                       # prompts that are known to be understood
 
     def __init__(self,
         net:SetTransformer, # The network
@@ -75,20 +71,6 @@ def output(self:SetModel,
     both = torch.cat([self.unconditional(len(told))['told'], told])
     u, c = self.policies(x.repeat(2, 1, 1), times.repeat(2), both).chunk(2)
     return (u + self.guidance*(c - u)).view(x_t.shape)
-
-# %% ../../nbs/03_models/19_set_model.ipynb #b5329f45
-@patch
-def cast(self:SetModel,
-    dtype # Anything but float32 is refused
-) -> SetModel:
-    "Sets need exact numbers: float32 only"
-    if dtype_of(dtype) == torch.float32: return self
-    raise ValueError(f'precision: expected float32 for a model of sets, found {dtype}')
-
-# %% ../../nbs/03_models/19_set_model.ipynb #21b2954f
-@patch
-def say_cut(self:SetModel, prompts:list): # Texts
-    "Nothing: prompts are read whole"
 
 # %% ../../nbs/03_models/19_set_model.ipynb #4551e404
 @patch
