@@ -281,7 +281,7 @@ def test_bad_pairs_are_one_line(tmp_path, name):
     one_line(lambda: image_pairs(str(make(tmp_path/'set')), 32), *parts)
 
 
-@pytest.mark.parametrize('content, part', [(b'hello', 'found something else'),
+@pytest.mark.parametrize('content, part', [(b'hello', 'found no picture'),
                                            (BYTES[0][:200], '1.png, found'), (b'', 'found')])
 def test_broken_pictures_are_one_line(tmp_path, content, part):
     d = change(tmp_path/'set', lambda d: write(d/'1.png', content))

@@ -7,7 +7,7 @@ root = Path(__file__).resolve().parents[1]
 nbs = root/'nbs'
 paths = [p for p in sorted(nbs.rglob('*.ipynb')) if not any(o[0] in '._' for o in p.relative_to(nbs).parts)]
 each_notebook = pytest.mark.parametrize('path', paths, ids=lambda p: p.relative_to(nbs).as_posix())
-checks = re.compile(r'^\s*assert\b|\b(test_\w+|assert_\w+)\(|\braises\(', re.M)
+checks = re.compile(r'^\s*assert\b|\b(test_\w+|assert_\w+|check_\w+)\(|\braises\(', re.M)
 on_a_machine = re.compile(r'(?<![\w./:~-])/(?:home|Users|root|work|mnt|tmp|private|var/folders)/[\w.-]+')
 widget = 'application/vnd.jupyter.widget-view+json'
 imports = (ast.Import, ast.ImportFrom)
@@ -102,13 +102,15 @@ def test_every_public_name_is_checked(path):
     checked = names([t for s in cells if checks.search(s) and not directive('exports?', s) for t in parse(s)])
     statements = [t for s in cells for t in parse(s)]
     for _ in range(3): checked |= names([t for t in statements if bound(t) & checked])
-    assert [n for n in public if n not in checked] == []
+    bare = [n for n in public if n not in checked]
+    assert not bare, f"not used in a cell that checks something (assert, test_…, check_…): {', '.join(bare)}"
 
 @each_notebook
 def test_imports_have_their_own_cells(path):
     "A cell with imports and other code would be executed whenever the documentation is made"
     shown = [s for s in code(read(path)) if not directive('hide', s)]
-    assert [s for s in shown if len({isinstance(t, imports) for t in parse(s)}) == 2] == []
+    mixed = [s for s in shown if len({isinstance(t, imports) for t in parse(s)}) == 2]
+    assert not mixed, f"imports belong in a cell of their own, not beside other code: {mixed[0]:.80}"
 
 CHAPTERS = '02_maths', '04_rewards', '08_methods', '09_search', '10_corrector'
 taught = [p for p in paths if p.parent.name in CHAPTERS
@@ -134,7 +136,7 @@ def test_has_exercises(path):
                          ids=lambda p: p.relative_to(nbs).as_posix())
 def test_has_a_picture(path):
     "Maths, methods and searches are drawn on their pages"
-    assert pictures(read(path))
+    assert pictures(read(path)), "expected a picture at least, saved with the page"
 
 @pytest.mark.parametrize('chapter', ['02_maths', '08_methods'])
 def test_a_letter_has_one_meaning(chapter):

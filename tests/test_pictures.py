@@ -56,14 +56,14 @@ BROKEN = {
     'one byte short.jpg': (JPG[:-1], 'truncated'), 'cut.webp': (file_of(NOISE, 'WEBP')[:-300], ''),
     'cut.bmp': (file_of(NOISE, 'BMP')[:-99], 'truncated'), 'cut.tif': (file_of(NOISE, 'TIFF')[:-99], ''),
     'flipped.png': (PNG[:300] + bytes([PNG[300] ^ 255]) + PNG[301:], ''), 'empty.png': (b'', 'an empty file'),
-    'text.jpg': (b'<html>not found</html>', 'something else'),
+    'text.jpg': (b'<html>not found</html>', 'no picture that can be read'),
     'deep.png': (file_of(Image.new('I;16', (8, 8))), '8 bits'),
     'deep.tif': (file_of(Image.new('F', (8, 8)), 'TIFF'), '8 bits'), 'moving.gif': (moving('GIF'), 'several'),
     'moving.webp': (moving('WEBP'), 'several'), 'moving.png': (moving('PNG'), 'several'),
     'pages.tif': (moving('TIFF'), 'several'),
     'nothing.png': (header(0, 8, 2), ''), 'bomb.png': (header(30_000, 30_000, 0), 'pixels'),
     'big.png': (header(9_500, 9_500, 0), 'pixels'), 'promise.png': (header(4_000, 4_000, 2), ''),
-    'program.jpg': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n', 'something else')}
+    'program.jpg': (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n', 'no picture that')}
 
 
 @pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')

@@ -30,7 +30,7 @@ class PictureError(ValueError):
 def _why(e, source): # One line on what is wrong
     if _is_empty(source): return 'an empty file'
     if isinstance(e, Image.DecompressionBombError): return f'too many pixels ({str(e).partition(",")[0]})'
-    if isinstance(e, Image.UnidentifiedImageError): return 'something else'
+    if isinstance(e, Image.UnidentifiedImageError): return 'no picture that can be read'
     if isinstance(e, OSError) and e.strerror: return e.strerror.lower()
     return str(e).strip().split('\n')[0][:200] or type(e).__name__
 

@@ -131,7 +131,7 @@ def model_card(
     base = hub_name(rep['model']) or redact(Path(rep['model']).name)
     told = redact({k: rep[k] for k in _told if rep.get(k) is not None} | rep.get('settings', {}))
     what = 'All weights' if full else 'A LoRA'
-    about = (f"{what} of {escaped(base)}, fine-tuned with {escaped(rep['method'])} (preset "
+    about = (f"{what} of {escaped(base)}, fine-tuned with {escaped(redact(rep['method']))} (preset "
              f"{escaped(rep['preset'])}) of diffusion_sharpening on the reward "
              f"{escaped(redact(rep['reward']))}.")
     made = ['## How it was made', '', '```json', _json(told), '```', '']

@@ -319,7 +319,9 @@ def exit_code(argv:list # Arguments without the program's name
 # %% ../../nbs/13_commands/16_cli.ipynb #a4c43d76
 def main(argv:list=None): # Arguments without the program's name; None: those of the process
     "The console script: errors in the input are one line and exit code 2"
-    for f in (sys.stdout, sys.stderr):
+    for k in ('stdout', 'stderr'):
+        if getattr(sys, k) is None: setattr(sys, k, open(os.devnull, 'w'))         # closed by the shell: >&-
+        f = getattr(sys, k)
         if hasattr(f, 'reconfigure'): f.reconfigure(errors='backslashreplace')
     sys.exit(exit_code(sys.argv[1:] if argv is None else argv))
 

@@ -97,8 +97,8 @@ def _split_of(asked, model): # As for `heldout_prompts`, of a run with prompts o
 
 # %% ../../nbs/13_commands/06_heldout.ipynb #71544cf5
 def _other_now(asked, texts, lora): # Are these other prompts than those that the run wrote down?
-    if settings(asked['method'], asked['preset'], **asked['changes'])[1].columns: return False
-    return (read_report(lora) or {}).get('prompts_sha256') not in (None, prompts_digest(texts))
+    if (read_report(lora) or {}).get('prompts_sha256') in (None, prompts_digest(texts)): return False
+    return not settings(asked['method'], asked['preset'], **asked['changes'])[1].columns
 
 # %% ../../nbs/13_commands/06_heldout.ipynb #be60786f
 def prompts_for(prompts:str, # As it was asked for, or None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['quiet', 'named', 'full_name', 'check_sampler', 'check_own', 'load_model', 'check_lora', 'base_of', 'record_of',
-           'as_of_run', 'as_trained', 'output_folder']
+           'as_of_run', 'samples_plainly', 'as_trained', 'output_folder']
 
 # %% ../../nbs/13_commands/03_load.ipynb #43b44961
 import os, tempfile, torch, warnings
@@ -15,6 +15,7 @@ from .interchange import plain_layout, run_weights
 from ..models.denoiser import Denoiser
 from ..models.counting import ALIASES
 from ..models.lora import lora_file, merge_file
+from ..methods.protocol import Method
 from ..training.folder import describe, read_report, read_run, resuming
 from ..training.run import settings
 from ..worlds.world import WORLDS, model_path, usual_guidance, world_of
@@ -142,6 +143,15 @@ def as_of_run(lora, # Folder of a run, of any LoRA, or None
     same = run and run.get('model') and Path(model).resolve() == Path(run['model']).resolve()
     return {k: run.get(k) if same and v is None else v for k, v in asked.items()}
 
+# %% ../../nbs/13_commands/03_load.ipynb #de052f46
+def samples_plainly(lora # Folder of a run
+                   )->bool:
+    "Is the model of a run sampled as any other? The report says it, before that its method"
+    rep = read_report(lora) or {}
+    if 'plain' in rep: return rep['plain']
+    asked = record_of(lora)
+    return type(settings(asked['method'], asked['preset'], **asked['changes'])[1]).deployed is Method.deployed
+
 # %% ../../nbs/13_commands/03_load.ipynb #9cae9e82
 def as_trained(model, # With the LoRA of a run
                lora, # Folder of the run, of any LoRA, or None
@@ -149,7 +159,7 @@ def as_trained(model, # With the LoRA of a run
               ): # The model, or something that samples as it should
     "The model as the method of its run samples it"
     asked = record_of(lora)
-    if not asked: return model
+    if not asked or samples_plainly(lora): return model
     return settings(asked['method'], asked['preset'], **asked['changes'])[1].deployed(model, S)
 
 # %% ../../nbs/13_commands/03_load.ipynb #9929726c

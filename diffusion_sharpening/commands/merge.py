@@ -12,12 +12,10 @@ from pathlib import Path
 from ..basics.files import read_json, write_json
 from ..basics.words import brief
 from .interchange import plain_layout
-from .load import base_of, output_folder
-from ..methods.protocol import Method
+from .load import base_of, output_folder, samples_plainly
 from ..models.lora import lora_file, merge_file, network_of, read_lora, write_lora
 from ..models.merging import merged
 from ..training.folder import FolderError, locked, read_run
-from ..training.run import settings
 
 # %% ../../nbs/13_commands/17_merge.ipynb #679c58fc
 Named = namedtuple('Named', 'path weight')
@@ -53,9 +51,7 @@ def check_whole_way(path # Folder of a run, or any LoRA
                    )->None: # ValueError if its method samples in a way of its own
     "Check that an adapter is meant for every step"
     asked = read_run(path) if Path(path).is_dir() else None
-    if not asked: return
-    method = settings(asked['method'], asked['preset'], **asked['changes'])[1]
-    if type(method).deployed is not Method.deployed:
+    if asked and not samples_plainly(path):
         raise ValueError(f"merge: {path} is of {asked['method']}, whose adapter does not make every step")
 
 # %% ../../nbs/13_commands/17_merge.ipynb #682dcf01

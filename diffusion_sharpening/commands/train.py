@@ -23,13 +23,14 @@ from ..data.pictures import image_pairs
 from ..evaluation.figures import before_after, curve
 from ..evaluation.kept import read_evaluation, scored_anew, write_evaluation
 from ..evaluation.measure import all_scores, evaluate
+from ..methods.protocol import Method
 from ..models.lora import lora_file
 from ..names.catalog import entry, packages
 from ..names.grammar import parse_spec
 from ..rewards.own import code_of
 from ..training.advice import advice
 from ..training.callbacks import (
-    Alarms, KeepBest, Log, Progress, Timer, Tracker, Validate, WinRate, unlearnt)
+    Alarms, KeepBest, Log, Progress, Timer, Tracker, Validate, WinRate, unlearnt, unmade)
 from ..training.folder import (
     first_process, read_report, read_run, resuming, sums, taken, unlearned)
 from ..training.loop import Callback, train as fit
@@ -198,9 +199,10 @@ def report_of(job:Job, s, # What was run; `State` of the loop at its end
                prompts_sha256=prompts_digest(job.source.prompts), batches=s.k, nfe_training=s.nfe,
                skipped=s.skipped, heldout_prompts=len(job.held), heldout_from=job.split)
     if job.run.keep_best: rep['kept_batch'] = max([r['step'] for r in s.history if r.get('kept')], default=0)
+    rep['plain'] = type(job.method).deployed is Method.deployed     # sampled as any other
     if hasattr(job.source, 'held'): rep['win_rate'] = s.history[-1].get('held-out/win_rate')
     if before: rep |= compared(before, after)
-    rang = [*filter(None, [unlearnt(s.history)])]
+    rang = [*filter(None, [unlearnt(s.history), unmade(s.skipped, s.k)])]
     if before: rang += suspicions(before, after, job.judge.name)
     rep['alarms'] = dict(watched=watched(s.history), rang=rang)
     parts = getattr(job.judge, 'rewards', [job.judge])

@@ -41,6 +41,7 @@ def read_preferences(path, # A table
     for i, row in enumerate(t.rows([n.split('.')[0] for n in names]), 1):
         where = f'{t.path}, row {i}'
         both = [what(value(row, n), f'{where}, {n}', folder) for n in names[1:]]
+        if both[0] == both[1]: raise ValueError(f'{where}: expected two that differ, found one as both')
         found.append((text_in(row, names[0], where), *both))
     if not found: raise ValueError(f'{t.path}: expected preferences, found none')
     return found

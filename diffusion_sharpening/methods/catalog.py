@@ -6,6 +6,7 @@
 __all__ = ['METHODS', 'PRESETS', 'presets', 'find']
 
 # %% ../../nbs/08_methods/11_catalog.ipynb #474eb011
+from ..basics.settings import check_class
 from ..basics.words import one_of
 from .awm import AWM
 from .best_of_n import BestOfN
@@ -67,9 +68,12 @@ def presets(name:str # A method, `sft`, `rlhf`, or `path/to/file.py:Method`
 def _own(name):
     try: made = load_object(name)
     except ValueError as e: raise ValueError(str(e).replace('own reward', 'method', 1)) from None
-    if isinstance(made, type) and issubclass(made, Method): return made
-    raise ValueError(f'method {name!r}: expected a subclass of methods.protocol.Method, found {made!r}')
+    if not isinstance(made, type) or not issubclass(made, Method):
+        raise ValueError(f'method {name!r}: expected a subclass of methods.protocol.Method, found {made!r}')
+    check_class(made)
+    return made
 
+# %% ../../nbs/08_methods/11_catalog.ipynb #1cd9e571
 def find(name:str, # A method, `sft`, `rlhf`, or `path/to/file.py:Method`
          preset:str='default' # One of its presets
         ): # What makes the method from its settings

@@ -54,6 +54,8 @@ class Method(Settings):
 
     def __post_init__(self):
         super().__post_init__()
+        for k in ('updates', 'width'):
+            if getattr(self, k) < 1: raise ValueError(f'{k}: expected at least 1, found {getattr(self, k)}')
         early, late = getattr(self, 'early', 0.), getattr(self, 'late', 1.)
         if early >= late: raise ValueError(f'early: expected less than late={late:g}, found {early:g}')
 

@@ -7,7 +7,7 @@ __all__ = ['load_object', 'load_function', 'code_of', 'put_back', 'Own', 'as_jud
 
 # %% ../../nbs/04_rewards/17_own.ipynb #ac1baeeb
 import hashlib, importlib, importlib.util, inspect, os, sys, sysconfig, torch
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from pathlib import Path
 from traceback import extract_tb
@@ -19,7 +19,8 @@ from .protocol import Reward, RewardError, scores_of
 def _importable(folder):
     sys.path.insert(0, str(folder))
     try: yield
-    finally: sys.path.remove(str(folder))
+    finally:
+        if str(folder) in sys.path: sys.path.remove(str(folder))
 
 def _from_file(path, which):
     path = Path(path).expanduser().resolve()
@@ -147,6 +148,7 @@ def _at_once(fn, name): # Pictures that a function takes; 0: all
 class Own(Reward):
     "A function of yours as a reward"
     name = 'own'
+    home = None # Folder of its file, whose helpers may be imported while it runs
 
     def __init__(self,
         which # `my_pkg.my_mod:fn`, `path/to/file.py:fn`, or the function itself
@@ -154,6 +156,7 @@ class Own(Reward):
         if which is None or isinstance(which, (str, Path)):
             self.fn = load_function(which or '')
             where, _, attr = str(which).rpartition(':')
+            if where.endswith('.py'): self.home = Path(where).expanduser().resolve().parent
             self.name = f'{Path(where).stem if where.endswith(".py") else where}:{attr}'
         else:
             self.fn = _callable(which, 'function')
@@ -176,7 +179,8 @@ class Own(Reward):
 
     def _asked(self, images, prompts):
         try:
-            with put_back(): s = self.fn(images, prompts)
+            with put_back(), _importable(self.home) if self.home else nullcontext():
+                s = self.fn(images, prompts)
         except (Exception, SystemExit) as e: raise RewardError(_raised(self.name, 'it', e)) from e
         whole = 'complex' in str(getattr(s, 'dtype', ''))       # is refused below, and not cut
         try: return torch.as_tensor(s, dtype=None if whole else torch.float32, device=images.device)

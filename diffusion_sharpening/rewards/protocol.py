@@ -59,7 +59,8 @@ def scores_of(name:str, # Of the reward
     except (TypeError, ValueError, RuntimeError):
         inner = f' of {type(scores[0]).__name__}' if isinstance(scores, list) and scores else ''
         raise RewardError(f'{name}: expected {n} scores, found {type(scores).__name__}{inner}') from None
-    if found.is_complex(): raise RewardError(f'{name}: expected {n} scores, found complex numbers')
+    odd = 'complex numbers' if found.is_complex() else 'a sparse tensor' if found.is_sparse else ''
+    if odd: raise RewardError(f'{name}: expected {n} scores, found {odd}')
     scores = found.to(torch.float32)
     if scores.shape == (n,): return scores
     raise RewardError(f'{name}: expected {n} scores, found shape {tuple(scores.shape)}')

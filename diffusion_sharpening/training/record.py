@@ -68,7 +68,8 @@ PATHS = 'model', 'prompts', 'heldout_prompts', 'images', 'vae' # Options that ma
 def record(**asked # Options and settings of `train`
           )->dict: # The same, with paths from anywhere
     "What a run is asked for, as it is written down"
-    paths = {k: absolute(asked[k]) for k in PATHS if asked.get(k)}
+    own = ['method']*(':' in asked.get('method', ''))                # FILE.py:NAME
+    paths = {k: absolute(asked[k]) for k in (*PATHS, *own) if asked.get(k)}
     return asked | paths | dict(reward=absolute_reward(asked['reward']))
 
 # %% ../../nbs/12_training/10_record.ipynb #bc59b990
@@ -105,7 +106,7 @@ def _refuse(name, was, now):
 
 # %% ../../nbs/12_training/10_record.ipynb #c493e302
 def _gone(name, path): # Was this a file or folder that is no longer there? FILE:COLUMN is one of a file
-    if name not in PATHS or not path or not Path(path).is_absolute(): return False
+    if name not in (*PATHS, 'method') or not path or not Path(path).is_absolute(): return False
     return not any(Path(o).exists() for o in (path, path.rpartition(':')[0] or path))
 
 # %% ../../nbs/12_training/10_record.ipynb #2b587419
@@ -114,13 +115,14 @@ def going_on(was:dict, # The record of a run
              effective # Function of a record that gives all its settings, name → value
             )->dict: # The record to go on with; `ValueError` for an option that would make it another run
     "What a run is asked for when it goes on"
+    was = was | {'method': record(**was)['method']}                  # relative in records of before
     asked = record(**{**was, **{k: v for k, v in typed.items() if k != 'changes'}})
     for k in typed.keys() - {'changes', *HARMLESS}:
         if asked[k] == was.get(k): continue
         if not _gone(k, was.get(k)): _refuse(k, was.get(k), asked[k])
         asked['moved'] = {k: was[k]} | asked.get('moved', {})    # where it lay when the run was started
     asked['changes'] = was['changes'] | typed.get('changes', {})
-    old, new = effective(was), effective(asked)
+    old, new = effective(was | dict(method=asked['method'])), effective(asked)
     for k in sorted(old.keys() | new.keys()):
         if k.split('.')[-1] not in FREE and old.get(k) != new.get(k): _refuse(k, old.get(k), new.get(k))
     return asked

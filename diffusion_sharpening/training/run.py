@@ -37,7 +37,7 @@ class Run(Settings):
     validate_every: int = within(0, 0, 10**9) # Batches between two scores of held-out prompts; 0: none
     validate_prompts: int = within(48, 1, 10**6) # How many of the held-out prompts these scores are over
     keep_best: bool = False            # End with the weights of the best such score that rang no alarm
-    checkpoint_every: int = within(50, 0, 10**9) # Batches between two checkpoints; 0: none
+    checkpoint_every: int = within(50, 0, 10**9) # Batches between two checkpoints; 0: one at the end
     keep: int = within(2, 1)           # Checkpoints that stay
     seed: int = within(0, -2**63, 2**64-1) # All chance of the run
 
