@@ -820,3 +820,11 @@ def test_version(capsys):
     "As people type it when they report a fault"
     assert cli.run(['--version']) == 0
     assert capsys.readouterr().out == f'sharpen {diffusion_sharpening.__version__}\n'
+
+
+@pytest.mark.parametrize('line', ['sharpen methods >&-', 'sharpen methods 2>&-', 'sharpen nothing >&- 2>&-'])
+def test_streams_that_the_shell_closed(line):
+    "Nobody reads what is said, and nothing else goes wrong"
+    where = f'PATH={Path(sys.executable).parent}:$PATH; '
+    done = subprocess.run(['bash', '-c', where + line], capture_output=True, text=True)
+    assert done.returncode == (2 if 'nothing' in line else 0) and 'Traceback' not in done.stderr

@@ -8,10 +8,12 @@ pytest.importorskip('diffusers')
 from diffusion_sharpening.commands.evaluate import evaluate
 from diffusion_sharpening.commands.interchange import export, push
 from diffusion_sharpening.commands.report import said
+from diffusion_sharpening.commands.sample import sample
 from diffusion_sharpening.commands.train import resume, train
 from diffusion_sharpening.models.lora import lora_file
 from diffusion_sharpening.training.checkpoints import checkpoints
 from diffusion_sharpening.training.folder import describe, read_report, read_run
+from diffusion_sharpening.training.loop import TrainingError
 import shared
 from shared import CODE
 
@@ -240,6 +242,52 @@ def test_an_edited_method_is_said(made, tmp_path, capsys):
     (tmp_path/'mine.py').write_text(own + '# another\n')
     resume(f'{tmp_path}/mine.py:Mine', tmp_path/'a', steps=3)
     assert 'method was ' in capsys.readouterr().out
+
+
+MINE = """import torch
+from diffusion_sharpening.methods.contrast import Contrast
+class Mine(Contrast):
+    def loss(self, *args):
+        losses, log = super().loss(*args)
+        return losses*BAD, log
+"""
+
+
+def test_a_method_of_a_file_goes_on_from_anywhere(made, tmp_path, monkeypatch):
+    "The record says where the file is; to sample from what was trained it is not needed"
+    (tmp_path/'at').mkdir()
+    (tmp_path/'at'/'mine.py').write_text(MINE.replace('BAD', '1'))
+    monkeypatch.chdir(tmp_path/'at')
+    shared.go(made, 'mine.py:Mine', tmp_path/'a', 1, n=2, heldout=1, S_eval=1)
+    monkeypatch.chdir(tmp_path)
+    assert resume('at/mine.py:Mine', 'a', steps=2)['batches'] == 2
+    (tmp_path/'at'/'mine.py').rename(tmp_path/'moved.py')
+    sample(lora=str(tmp_path/'a'), out=str(tmp_path/'pictures'), n=1, S=1)
+    assert (tmp_path/'pictures'/'0000.png').exists()
+    assert resume('moved.py:Mine', 'a', steps=3)['batches'] == 3
+
+
+def test_updates_that_are_not_made_are_said(made, tmp_path, capsys):
+    "In a line when it begins, in a line at the end, and in the report; an error where none was made"
+    (tmp_path/'some.py').write_text(MINE.replace('BAD', '(float("nan") if torch.rand(()) < .5 else 1)'))
+    rep = shared.go(made, f'{tmp_path}/some.py:Mine', tmp_path/'a', 6, n=2)
+    said = capsys.readouterr().out
+    assert 0 < rep['skipped'] < 24 and f"{rep['skipped']} updates in 6 batches were not made" in said
+    assert 'an update is not made, its loss or gradient is not finite' in said
+    assert any('were not made' in o for o in rep['alarms']['rang'])
+    (tmp_path/'none.py').write_text(MINE.replace('BAD', 'float("nan")'))
+    with pytest.raises(TrainingError, match='8 updates in a row were not finite, and none was made'):
+        shared.go(made, f'{tmp_path}/none.py:Mine', tmp_path/'b', 2, n=2)
+
+
+def test_no_room_for_a_checkpoint_costs_no_weights(made, tmp_path, monkeypatch, capsys):
+    "It is said before the first batch and after the last one"
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage(path)._replace(free=1000))
+    rep = go(made, tmp_path/'a', 1, checkpoint_every=0)
+    said = capsys.readouterr().out
+    assert said.index('make room, or this run') < said.index('the run ends with its weights')
+    assert (tmp_path/'a'/lora_file).exists() and rep['batches'] == 1
 
 
 def test_from_another_folder(made, tmp_path, monkeypatch):
