@@ -366,16 +366,20 @@ def test_base_stays_bit_identical(xl, name):
 
 
 def test_not_a_number_is_not_learnt(xl, monkeypatch):
-    "A loss that is not finite changes no weight and is counted"
+    "A loss that is not finite changes no weight and is counted; where all are, the run ends with an error"
     made = find('rlhf')
     right = made.loss
     def wrong(*a):
         losses, stats = right(*a)
         return losses*float('nan'), stats
     monkeypatch.setattr(made, 'loss', wrong)
-    d, s = fit(xl, ema=0.)
-    assert s.skipped == 2*s.method.updates
-    assert all(p.abs().max() == 0 for k, p in policy(d).items() if 'lora_B' in k)
+    seen = []
+    class Look(Callback):
+        def update(self, s): seen.append((s.skipped, policy(s.model)))
+    with pytest.raises(TrainingError, match='8 updates in a row were not finite, and none was made'):
+        fit(xl, ema=0., callbacks=[Look()])
+    assert [n for n, _ in seen] == [4, 8]
+    assert all(p.abs().max() == 0 for _, ps in seen for k, p in ps.items() if 'lora_B' in k)
 
 
 def test_reward_goes_up():
