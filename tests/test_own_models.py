@@ -62,8 +62,7 @@ def test_every_method_that_learns_from_prompts_trains_it(name):
     s = train(model, method, Own(right), Prompts(model, ['a', 'bc', 'def', 'ghij'], size=4),
               Run(steps=2, rank=0, batch=4, lr=1e-2))
     assert s.k == 2 and not s.skipped
-    assert any(not torch.equal(p, before[k]) for k, p in model.network.named_parameters()) or \
-        all(r['grad_norm'] == 0 for r in s.history)
+    assert any(not torch.equal(p, before[k]) for k, p in model.network.named_parameters())
 
 
 def test_a_pixel_flow_trains():

@@ -380,6 +380,9 @@ def test_not_a_number_is_not_learnt(xl, monkeypatch):
         fit(xl, ema=0., callbacks=[Look()])
     assert [n for n, _ in seen] == [4, 8]
     assert all(p.abs().max() == 0 for _, ps in seen for k, p in ps.items() if 'lora_B' in k)
+    class Stop(Callback):
+        def update(self, s): s.stop = 'SIGINT'
+    assert fit(xl, ema=0., callbacks=[Stop()])[1].skipped == 4      # asked to stop is no error
 
 
 def test_reward_goes_up():

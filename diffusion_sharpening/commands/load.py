@@ -146,7 +146,7 @@ def as_of_run(lora, # Folder of a run, of any LoRA, or None
 # %% ../../nbs/13_commands/03_load.ipynb #de052f46
 def samples_plainly(lora # Folder of a run
                    )->bool:
-    "Is the model of a run sampled as any other? The report says it, before that its method"
+    "Is the model of a run sampled as any other? By its report, or by its method where the report is older"
     rep = read_report(lora) or {}
     if 'plain' in rep: return rep['plain']
     asked = record_of(lora)

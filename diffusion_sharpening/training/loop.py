@@ -185,7 +185,7 @@ def begin(model, method, judge, source, run:Run)->State:
 RESERVED = {'step', 'loss', 'grad_norm', 'nfe', 'nfe_learning', 'skipped'} # What the log calls its own
 
 def _wrong(s, wanted, found): # What a method gave, and the protocol does not know
-    what = f'{type(found).__name__} {found!r:.60}'
+    what = found if isinstance(found, str) else f'{type(found).__name__} {found!r:.60}'
     if torch.is_tensor(found): what = f'shape {tuple(found.shape)}'
     return TrainingError(f'{type(s.method).__name__}: expected {wanted}, found {what}')
 
@@ -293,7 +293,7 @@ def learn(s:State, lesson, u:int)->dict: # Statistics
     return dict(loss=loss, grad_norm=norm, **stats)
 
 def _skip(s, stats):
-    if s.bad == 0: say(f'batch {s.k+1}: an update is not made, its loss or gradient is not finite')
+    if s.bad == s.rank == 0: say(f'batch {s.k+1}: an update is not made, its loss or gradient is not finite')
     s.skipped, s.bad = s.skipped+1, s.bad+1
     s.opt.zero_grad()
     return dict(loss=None, grad_norm=None, **{k: None for k in stats})
@@ -351,7 +351,7 @@ def going(s:State)->bool:
 # %% ../../nbs/12_training/02_loop.ipynb #6c7f8ed0
 def settle(s:State):
     "The best weights, or the averaged ones, take the policy's place; what was dealt out comes together"
-    if s.bad >= s.run.patience or s.bad and not s.opt.state:
+    if s.bad >= s.run.patience or s.bad and not s.opt.state and not s.stop:
         last = '; '.join(s.prompts[:4])
         whole = ', and none was made' if not s.opt.state else ''
         raise TrainingError(f'{s.bad} updates in a row were not finite{whole}; the last prompts: {last}')

@@ -65,11 +65,13 @@ def holds_back(spec:str # From `absolute_reward`
 # %% ../../nbs/12_training/10_record.ipynb #d6607e36
 PATHS = 'model', 'prompts', 'heldout_prompts', 'images', 'vae' # Options that may be paths
 
+def _method_of(asked): # A method in a file, FILE.py:NAME, with its path from anywhere
+    return dict(method=absolute(asked['method'])) if ':' in asked.get('method', '') else {}
+
 def record(**asked # Options and settings of `train`
           )->dict: # The same, with paths from anywhere
     "What a run is asked for, as it is written down"
-    own = ['method']*(':' in asked.get('method', ''))                # FILE.py:NAME
-    paths = {k: absolute(asked[k]) for k in (*PATHS, *own) if asked.get(k)}
+    paths = {k: absolute(asked[k]) for k in PATHS if asked.get(k)} | _method_of(asked)
     return asked | paths | dict(reward=absolute_reward(asked['reward']))
 
 # %% ../../nbs/12_training/10_record.ipynb #bc59b990
@@ -115,7 +117,7 @@ def going_on(was:dict, # The record of a run
              effective # Function of a record that gives all its settings, name → value
             )->dict: # The record to go on with; `ValueError` for an option that would make it another run
     "What a run is asked for when it goes on"
-    was = was | {'method': record(**was)['method']}                  # relative in records of before
+    was = was | _method_of(was)                                      # relative in records of before
     asked = record(**{**was, **{k: v for k, v in typed.items() if k != 'changes'}})
     for k in typed.keys() - {'changes', *HARMLESS}:
         if asked[k] == was.get(k): continue
