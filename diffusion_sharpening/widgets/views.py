@@ -38,7 +38,7 @@ class ExplorerView:
     ):
         import ipywidgets as w
         self.model, self.judge, self.more, self.seen = model, judge, more, None
-        wide = w.Layout(width='32em')
+        wide = w.Layout(width='32em', max_width='95%')
         self.prompt = w.Text(prompt, description='caption', layout=wide)
         self.seed = w.IntText(0, description='seed', layout=w.Layout(width='14em'))
         self.branch = w.Dropdown(options=BRANCHES, description='branch', layout=wide)
