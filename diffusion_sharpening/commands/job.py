@@ -201,6 +201,7 @@ def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:st
            heldout_prompts:str, S_eval:int, changes:dict, px:int=None, guidance:float=None,
            variant:str=None, vae:str=None, # All as for `train`
            eta:float=None, # Fresh noise of each step; None: as for `load_model`
+           judge=None, # The reward where it is loaded already
            tell:bool=True # Print what matters of the plan?
           )->Job: # ValueError for what cannot be
     "Load everything that a run needs"
@@ -215,7 +216,7 @@ def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:st
     if own: check_pictures(world, images)
     choices = own_choices(made, images, world)
     texts = None if own else prompts_of(prompts, heldout_prompts, n, run.seed, choices, images)
-    judge = _judge(made, reward, world and world.name)
+    judge = judge or _judge(made, reward, world and world.name)
     d = load_model(model, guidance, None, run.precision, px, variant, vae, eta)
     pairs = _opened(d, images, run) if own else images or world and world.name
     train_on, held, split = texts or prompts_of(prompts, heldout_prompts, n, run.seed, pairs.captions, images)

@@ -40,18 +40,19 @@ class Arm:
 # %% ../../nbs/14_experiments/10_arms.ipynb #39a5cce5
 BACKWARD = 2 # Forward passes that a backward pass is worth
 
-def batch_cost(run, method # From `Arm.made`
+def batch_cost(run, method, # From `Arm.made`
+               guidance:float=1. # Classifier-free guidance of the model
               )->float:
     "Evaluations that one batch takes, by this exchange"
-    ask = evaluations(run, method)
+    ask = evaluations(run, method, guidance)
     return ask['rollout'] + ask['old'] + ask['reference'] + (1 + BACKWARD)*ask['lesson']
 
 # %% ../../nbs/14_experiments/10_arms.ipynb #d93fa210
 def steps_for(budget:float, # Evaluations
-              run, method # From `Arm.made`
+              run, method, guidance:float=1. # As for `batch_cost`
              )->int: # At least 1
     "Batches that a budget pays for"
-    return max(1, round(budget/batch_cost(run, method)))
+    return max(1, round(budget/batch_cost(run, method, guidance)))
 
 # %% ../../nbs/14_experiments/10_arms.ipynb #111a517a
 GROUP = dict(n=8, S=10)
@@ -129,12 +130,9 @@ EXPERIMENTS = dict(
 
 # %% ../../nbs/14_experiments/10_arms.ipynb #77f88a9d
 def arms_of(name:str, # One of `EXPERIMENTS`
-            only:str='', # Arms with semicolons between them: names, or path/to/file.py:MyMethod; empty: all
-            differentiable:bool=True # Does the reward let gradients pass?
+            only:str='' # Arms with semicolons between them: names, or path/to/file.py:MyMethod; empty: all
            )->dict: # Name → `Arm` or `Searched`; ValueError suggests the nearest name
-    "The arms of an experiment; without those that follow a gradient the reward does not have"
+    "The arms of an experiment"
     arms = EXPERIMENTS[one_of(name, list(EXPERIMENTS), 'experiment')]
     named = lambda k: Arm(k) if ':' in k else arms[one_of(k, list(arms), 'arm')]
-    found = {k: named(k) for k in map(str.strip, only.split(';'))} if only else arms
-    can = lambda a: differentiable or isinstance(a, Searched) or not a.needs_gradient
-    return {k: a for k, a in found.items() if can(a)}
+    return {k: named(k) for k in map(str.strip, only.split(';'))} if only else arms

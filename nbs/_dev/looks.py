@@ -37,7 +37,7 @@ def place(folder):
         if name == 'base': return None
         tries = Path(asked.get('like') or folder)/'tries'
         return tuned(name, arm, bed, tries, False) if asked['tune'] else arm
-    arms = {'base': None} | arms_of(asked['experiment'], differentiable=bed.followed.differentiable)
+    arms = {'base': None} | arms_of(asked['experiment'])
     there = {k: a for k, a in arms.items() if (Path(folder)/'runs'/name_of(k, 0)).exists()}
     return {k: (bed, ready(k, a), read_json(Path(folder)/'runs'/name_of(k, 0))) for k, a in there.items()}
 
