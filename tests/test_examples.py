@@ -78,7 +78,7 @@ def smaller(line):
     while '=' in argv[0]: k, _, v = argv.pop(0).partition('='); env[k] = v
     argv = [NEEDS.get(a, a) for a in argv[1:]]
     numbers = {'--steps': {'100': '1', '200': '2'}, '--port': {'8765': '0'},
-               '--budget': {'160': '4', '400': '12'}, '--seeds': {'5': '1'}}
+               '--budget': {'160': '4', '400': '12', '12000': '400'}, '--seeds': {'5': '1'}}
     if argv[0] in ('score', 'serve-reward'): numbers['--reward'] = {'clip': 'clip@shapes'}
     argv = [numbers.get(a, {}).get(b, b) for a, b in zip(['', *argv], argv)]
     new = argv[0] == 'train' and '--resume' not in argv

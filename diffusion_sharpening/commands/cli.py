@@ -68,7 +68,9 @@ EXAMPLES = {
               'sharpen merge runs/first,runs/c --rank 16 --out runs/short'],
     'push': ['sharpen push runs/first me/sharper --dry-run'],
     'experiment': ['sharpen experiment comparison --quick --only "NFT; DDPO; GRAFT"',
-                   'sharpen experiment fractions --seeds 5'],
+                   'sharpen experiment fractions --seeds 5',
+                   'sharpen experiment comparison --model MODEL --prompts prompts.txt '
+                   '--reward mine.py:redness --also mine.py:warm --only "NFT; GRAFT" --out runs/own'],
     'methods': ['sharpen methods', 'sharpen methods contrast', 'sharpen methods --json'],
     'rewards': ['sharpen rewards']}
 
