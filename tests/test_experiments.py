@@ -79,9 +79,9 @@ def test_judges_are_loaded_once(brought, monkeypatch):
     "A large judge is in memory once, however many runs and tries there are"
     from diffusion_sharpening.experiments import bed as at
     loaded, load = [], at.load_reward
-    def counting(name, *more):
+    def counting(name, *more, **how):
         loaded.append(name)
-        return load(name, *more)
+        return load(name, *more, **how)
     monkeypatch.setattr(at, 'load_reward', counting)
     monkeypatch.setattr('diffusion_sharpening.commands.job.load_reward', counting)
     experiment('comparison', **OWN, budget=100., only='NFT')

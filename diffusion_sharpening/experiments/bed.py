@@ -59,7 +59,7 @@ class Bed:
     def judges(self) -> dict:
         "Name → judge: the reward that is followed, those asked besides, the exam"
         world = None if self.material else self.world.name
-        own, *more = (load_reward(k, world) for k in (self.reward, *self.also))
+        own, more = load_reward(self.reward, world), [load_reward(k, world, train=False) for k in self.also]
         exam = {} if self.material else judges(own, self.prompts, self.model)
         return {own.name: own} | {r.name: r for r in more} | exam
 

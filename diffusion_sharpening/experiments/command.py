@@ -11,7 +11,7 @@ import time, warnings
 from dataclasses import asdict
 from pathlib import Path
 from ..basics.files import read_json, write_json
-from ..basics.words import brief
+from ..basics.words import brief, counted
 from ..commands.heldout import prompts_digest
 from ..commands.load import base_of, check_sampler, output_folder, quiet
 from ..commands.provenance import provenance
@@ -88,8 +88,8 @@ def estimate(bed:Bed, # Where
     "How long an experiment will take"
     total = work_of(bed, runs, tries)*pace(bed) if runs else 0
     about = f'{total/60:.0f} minutes' if total > 90 else f'{total:.0f} s'
-    tuning = f' and {tries} tries' if tries else ''
-    return f'{len(runs)} runs{tuning}: about {about} here' if runs else ''
+    tuning = f" and {tries} {'try' if tries == 1 else 'tries'}" if tries else ''
+    return f"{counted(len(runs), 'run')}{tuning}: about {about} here" if runs else ''
 
 # %% ../../nbs/14_experiments/14_command.ipynb #c6393a65
 def dear(arms:dict, # Name → arm
