@@ -1,0 +1,95 @@
+#!/usr/bin/env python
+"""Every method as its user types it: `python nbs/_dev/every_method.py [METHOD …] [--steps 20]`
+
+`sharpen train METHOD --model shapes --reward clip` is run to its end, and again with an interrupt (Ctrl-C)
+after a third of the batches, after which `--resume` goes on: both must end in the same weights, bit for bit.
+Then plain diffusers loads the LoRA and must draw the pictures of `sharpen sample`: `gap` is the largest
+difference of a pixel, of 255, and `gap_of_base` the same without the LoRA. The summary goes to
+data/results/every_method.json (not with --dry); what is in runs/every is not made again."""
+import json, os, signal, subprocess, sys, time
+from pathlib import Path
+import torch
+from arms import asked
+from diffusion_sharpening.commands.load import quiet
+from diffusion_sharpening.basics.files import digest, read_json, write_json
+from diffusion_sharpening.basics.pictures import read_picture
+from diffusion_sharpening.basics.seeds import START, noise
+from diffusion_sharpening.evaluation.measure import start_seeds
+from diffusion_sharpening.models.hand_over import switch_off, switch_step
+from diffusion_sharpening.models.lora import lora_file
+from diffusion_sharpening.worlds.world import weights
+from results import write
+
+PICTURES, S, CLOSE = 4, 10, .6          # CLOSE: of 255, the rounding of a picture in a file
+
+def start(*argv):
+    "A command line of its own"
+    code = 'from diffusion_sharpening.commands.cli import main; main()'
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, argv)], stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS='1'))
+
+def done(*argv):
+    "Run one to its end; SystemExit where it fails"
+    said, _ = (p := start(*argv)).communicate()
+    if p.returncode: raise SystemExit(f"sharpen {' '.join(map(str, argv))}: {said[-800:]}")
+
+def lines(file): return len(file.read_text().splitlines()) if file.exists() else 0
+
+def interrupted(at, after, *argv):
+    "Run one until a number of batches are logged, and interrupt it; how many it made"
+    p = start(*argv)
+    while p.poll() is None and lines(at/'metrics.jsonl') < after: time.sleep(.2)
+    p.send_signal(signal.SIGINT)
+    said, _ = p.communicate()
+    if p.returncode != 130: raise SystemExit(f"sharpen {argv[1]}: ended by {p.returncode}: {said[-800:]}")
+    return lines(at/'metrics.jsonl')
+
+def plain(lora, prompts, method):
+    "What a script of diffusers draws, as pixels; the last steps by the base where the method hands over"
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+    pipe = StableDiffusionXLPipeline.from_pretrained(weights('shapes-sdxl'))
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    if lora: pipe.load_lora_weights(str(lora), weight_name=lora_file)
+    at = switch_step(getattr(method, 'ft_fraction', 1.), S)
+    more = dict(callback_on_step_end=switch_off(at)) if lora and at < S else {}
+    unet = pipe.unet.config
+    shape = unet.in_channels, unet.sample_size, unet.sample_size
+    px = unet.sample_size*pipe.vae_scale_factor
+    return pipe(prompts, latents=noise(start_seeds(0, len(prompts)), START, shape), num_inference_steps=S,
+                guidance_scale=1., height=px, width=px, output_type='pt', **more).images.cpu()
+
+def measure(name, method, steps, at):
+    "One method"
+    began = time.time()
+    own = ['train', name, '--model', 'shapes', '--reward', 'clip', '--heldout', 0, '--steps', steps]
+    done(*own, '--out', at/'whole')
+    made = interrupted(at/'half', max(1, steps//3), *own, '--out', at/'half')
+    done('train', name, '--resume', at/'half')
+    same = digest(at/'whole'/lora_file) == digest(at/'half'/lora_file)
+    done('sample', '--lora', at/'whole', '--n', PICTURES, '--S', S, '--eta', 0, '--out', at/'pictures')
+    told = [json.loads(l) for l in (at/'pictures'/'prompts.jsonl').read_text().splitlines()]
+    drawn = torch.stack([read_picture(at/'pictures'/o['file']) for o in told])
+    def far(lora):
+        other = plain(lora, [o['prompt'] for o in told], method)
+        return round((other - drawn).abs().max().item()*255, 3)
+    return dict(same_bits=same, interrupted_after=made, gap=far(at/'whole'), gap_of_base=far(None),
+                seconds=round(time.time() - began, 1))
+
+def main():
+    a, arms = asked(__doc__, steps=(20, 'batches of each training'))
+    torch.set_num_threads(1)
+    quiet()
+    found, folder = {}, Path('runs/every')
+    from diffusion_sharpening.methods.catalog import find
+    for label, (name, preset) in arms.items():
+        if preset != 'default': continue
+        file = folder/f'{name}.json'
+        if not file.exists(): write_json(file, measure(name, find(name)(), a.steps, folder/name))
+        found[label] = read_json(file)
+        print(label, found[label], flush=True)
+    bad = [k for k, o in found.items() if not o['same_bits'] or o['gap'] >= CLOSE]
+    if not a.dry: write('every_method', dict(steps=a.steps, pictures=PICTURES, arms=found))
+    if bad: raise SystemExit(f"not as it should be: {', '.join(bad)}")
+
+if __name__ == '__main__': main()
