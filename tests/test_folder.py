@@ -2,9 +2,11 @@
 import json, os, shutil, signal, subprocess, sys, time
 
 import pytest, torch
+from PIL import Image
 from safetensors.torch import load_file
 
 pytest.importorskip('diffusers')
+from diffusion_sharpening.commands.card import model_card
 from diffusion_sharpening.commands.evaluate import evaluate
 from diffusion_sharpening.commands.interchange import export, push
 from diffusion_sharpening.commands.report import said
@@ -289,6 +291,20 @@ def test_no_room_for_a_checkpoint_costs_no_weights(made, tmp_path, monkeypatch, 
     assert said.index('make room, or this run') < said.index('the run ends with its weights')
     assert (tmp_path/'a'/lora_file).exists() and rep['batches'] == 1
 
+
+def test_a_reward_that_nobody_asks_is_not_loaded(made, tmp_path, capsys):
+    "Pictures, no held-out prompts: weights of a reward that are not here stop nothing, and no card names it"
+    (tmp_path/'pictures').mkdir()
+    for i in range(3):
+        Image.new('RGB', (64, 64), (80*i, 9, 9)).save(tmp_path/'pictures'/f'{i}.png')
+        (tmp_path/'pictures'/f'{i}.txt').write_text(f'picture {i}')
+    own = dict(model=str(made/'xl'), images=str(tmp_path/'pictures'), reward='image_reward',
+               out=str(tmp_path/'a'))
+    rep = train('standard', **own, heldout=0, steps=1, batch=2, rank=2)
+    assert (rep['judge'], rep['judges'], rep['follows']) == ('none', {}, False)
+    assert 'on the reward' not in model_card(rep)
+    with pytest.raises(ValueError, match="unknown reward 'no'"):
+        train('standard', **own | dict(reward='no', out=str(tmp_path/'b')), heldout=0)
 
 def test_from_another_folder(made, tmp_path, monkeypatch):
     "A run that was started with relative paths goes on from anywhere"

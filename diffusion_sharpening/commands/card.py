@@ -88,8 +88,8 @@ def _results(rep): # The table of the trained reward and of the exams
     if not rep.get('delta'): return ['Nothing was measured on held-out prompts.']
     rows = [f"| {escaped(redact(name))} | {' | '.join(row)} |" for name, *row in changes(rep)]
     about = rep.get('measured_on') or f"{rep['heldout_prompts']} held-out prompts"
-    return [f'{escaped(about)}, the same seeds before and after, with 95 % intervals. '
-            'The reward was trained on.', '',
+    trained = 'The reward was trained on.' if rep.get('follows', True) else 'No reward was trained on.'
+    return [f'{escaped(about)}, the same seeds before and after, with 95 % intervals. {trained}', '',
             '| | before | after | change |', '|---|---|---|---|', *rows]
 
 # %% ../../nbs/13_commands/00_card.ipynb #b5cd122f
@@ -132,8 +132,8 @@ def model_card(
     told = redact({k: rep[k] for k in _told if rep.get(k) is not None} | rep.get('settings', {}))
     what = 'All weights' if full else 'A LoRA'
     about = (f"{what} of {escaped(base)}, fine-tuned with {escaped(redact(rep['method']))} (preset "
-             f"{escaped(rep['preset'])}) of diffusion_sharpening on the reward "
-             f"{escaped(redact(rep['reward']))}.")
+             f"{escaped(rep['preset'])}) of diffusion_sharpening")
+    about += f" on the reward {escaped(redact(rep['reward']))}."*rep.get('follows', True) or '.'
     made = ['## How it was made', '', '```json', _json(told), '```', '']
     return '\n'.join([*_front(rep, full, tools), f"# {repo.split('/')[-1]}", '', about, '',
                       *_usage(repo, base, full, tools, hand_over_share(rep)),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['own_pairs', 'check_pictures', 'prompts_of', 'encoded_pairs', 'world_choices', 'check_judged', 'preference_source',
-           'source_of', 'without', 'check_plan', 'Job', 'job_of']
+           'source_of', 'without', 'check_plan', 'Job', 'Unasked', 'judge_of', 'job_of']
 
 # %% ../../nbs/13_commands/08_job.ipynb #d8e085a8
 import os, torch
@@ -22,8 +22,10 @@ from ..data.preferences import (
     PreferencePairs, choice_source, judged, picture_in, read_preferences, seed_in)
 from ..data.sources import Columns, Pictures, Prompts, StoredPictures
 from ..data.tables import prompt_set
-from ..names.catalog import load_reward
+from ..names.catalog import entry, load_reward
+from ..names.grammar import parse_spec
 from ..rewards.preference import split_pairs
+from ..rewards.protocol import Reward
 from ..training.advice import advice, pictures_at_once
 from ..training.folder import first_process
 from ..training.plan import BRIEF, plan as planned, plan_table
@@ -189,12 +191,24 @@ class Job:
         return next((r for k, r in self.exams.items() if k != self.judge.name), None)
 
 # %% ../../nbs/13_commands/08_job.ipynb #917c377d
-def _judge(method, reward, world): # ValueError says it of a method that follows none
+class Unasked(Reward):
+    "Stands where a reward would, in a run that asks none"
+    name = 'none'
+    def score(self, images, prompts): raise RuntimeError('a reward was asked in a run that asks none')
+
+# %% ../../nbs/13_commands/08_job.ipynb #492b1d6a
+def judge_of(method, reward:str, world:str, # `Method`; name of the reward, and of the world or None
+             measured:bool # Are there prompts that are measured?
+            )->Reward:
+    "The judge of a run; one that nobody would ask is not loaded"
+    if not (method.needs_judge or measured):
+        for p in parse_spec(reward)[1]: entry(p.name)                    # a name that exists, all the same
+        return Unasked()
     try: return load_reward(reward, world)
     except ValueError as e:
         if method.needs_judge: raise
         raise ValueError(f'{e}; the method follows no reward, its pictures are measured with one: '
-                         'name another with --reward') from None
+                         'name another with --reward, or measure nothing with --heldout 0') from None
 
 # %% ../../nbs/13_commands/08_job.ipynb #95d7403f
 def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:str, heldout:int,
@@ -216,7 +230,7 @@ def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:st
     if own: check_pictures(world, images)
     choices = own_choices(made, images, world)
     texts = None if own else prompts_of(prompts, heldout_prompts, n, run.seed, choices, images)
-    judge = judge or _judge(made, reward, world and world.name)
+    judge = judge or judge_of(made, reward, world and world.name, n > 0)
     d = load_model(model, guidance, None, run.precision, px, variant, vae, eta)
     pairs = _opened(d, images, run) if own else images or world and world.name
     train_on, held, split = texts or prompts_of(prompts, heldout_prompts, n, run.seed, pairs.captions, images)
@@ -225,7 +239,9 @@ def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:st
     pictures_at_once(d)                                          # or not one fits
     check_decode(d)
     source, texts = source_of(d, made, run, train_on, held, pairs), held or train_on
-    exams, answers = check_judges(judges(judge, texts, model), texts, d, made.needs_gradient)
+    exams, answers = {}, []
+    if not isinstance(judge, Unasked):
+        exams, answers = check_judges(judges(judge, texts, model), texts, d, made.needs_gradient)
     d.say_cut([*source.prompts, *held])
     what = f'{method} ({preset}) of {Path(model).name}'
     return Job(what, run, made, d, judge, source, exams, held, split, S_eval, got, answers)

@@ -200,6 +200,7 @@ def report_of(job:Job, s, # What was run; `State` of the loop at its end
                skipped=s.skipped, heldout_prompts=len(job.held), heldout_from=job.split)
     if job.run.keep_best: rep['kept_batch'] = max([r['step'] for r in s.history if r.get('kept')], default=0)
     rep['plain'] = type(job.method).deployed is Method.deployed     # sampled as any other
+    rep['follows'] = job.method.needs_judge                         # was the reward trained on?
     if hasattr(job.source, 'held'): rep['win_rate'] = s.history[-1].get('held-out/win_rate')
     if before: rep |= compared(before, after)
     rang = [*filter(None, [unlearnt(s.history), unmade(s.skipped, s.k)])]

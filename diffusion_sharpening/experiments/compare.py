@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FALL', 'TUNING', 'own_code', 'asked_of', 'kept', 'name_of', 'check_names', 'mean_score', 'best_try', 'may_fall',
-           'tuned', 'against', 'by_kind', 'compared']
+           'tuned', 'mean_of', 'against', 'by_kind', 'compared']
 
 # %% ../../nbs/14_experiments/12_compare.ipynb #341f514b
 import json, math, torch
@@ -122,6 +122,14 @@ def tuned(name:str, arm:Arm, # To tune
     return choose({f'lr {arm.lr:g} {arm.knob} {v:g}': replace(arm, own=arm.own | {arm.knob: v})
                    for v in arm.tries})
 
+# %% ../../nbs/14_experiments/12_compare.ipynb #0f5a9369
+def mean_of(rows:torch.Tensor # Values, a row for each seed; NaN where there is none
+           )->dict: # As from `over_seeds`; that of marks lies between 0 and 1
+    "A mean with its interval"
+    found, marks = over_seeds(rows), ((rows == 0) | (rows == 1) | rows.isnan()).all()
+    ends = {k: min(1., max(0., found[k])) for k in ('low', 'high') if marks and found[k] is not None}
+    return found | ends
+
 # %% ../../nbs/14_experiments/12_compare.ipynb #90b4c392
 def _rows(records, part, k): return torch.stack([numbers(r[part][k]) for r in records])
 
@@ -131,7 +139,7 @@ def against(records:list, # Of an arm, one for each seed
     "What an arm came to"
     both = lambda part: [k for k in records[0][part] if k in base[0][part]]
     of = lambda f: {part: {k: f(part, k) for k in both(part)} for part in ('scores', 'stats')}
-    value = of(lambda part, k: over_seeds(_rows(records, part, k)))
+    value = of(lambda part, k: mean_of(_rows(records, part, k)))
     change = of(lambda part, k: over_seeds(_rows(records, part, k) - _rows(base, part, k)))
     sets = {k: interval(numbers([r['sets'][k] for r in records]), 'seeds') for k in both('sets')}
     rest = {k: [r[k] for r in records] for k in ('seed', 'steps', 'curve', 'nfe', 'seconds', 'processor')
@@ -145,7 +153,7 @@ def by_kind(records:list, base:list, # As for `against`
     "What an arm came to in the exam, for each kind of prompt"
     exam, kinds = bed.world.exam.name, bed.world.by_group(torch.arange(len(bed.prompts)), bed.prompts)
     own, was = _rows(records, 'scores', exam), _rows(base, 'scores', exam)
-    return {k: dict(value=over_seeds(own[:, at]), change=over_seeds(own[:, at] - was[:, at]))
+    return {k: dict(value=mean_of(own[:, at]), change=over_seeds(own[:, at] - was[:, at]))
             for k, at in kinds.items()}
 
 # %% ../../nbs/14_experiments/12_compare.ipynb #ea342d27
