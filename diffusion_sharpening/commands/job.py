@@ -202,7 +202,8 @@ def judge_of(method, reward:str, world:str, # `Method`; name of the reward, and 
             )->Reward:
     "The judge of a run; one that nobody would ask is not loaded"
     if not (method.needs_judge or measured):
-        for p in parse_spec(reward)[1]: entry(p.name)                    # a name that exists, all the same
+        for p in parse_spec(reward)[1]: entry(p.name)                # a name that exists, all the same
+        if first_process(): print(f'{reward}: not asked; no reward is followed, and nothing is measured')
         return Unasked()
     try: return load_reward(reward, world)
     except ValueError as e:

@@ -27,8 +27,8 @@ from ..training.resume import differences
 
 # %% ../../nbs/14_experiments/14_command.ipynb #1847efdb
 def _other(name, old, new): # What differs, in words
-    if not (isinstance(old, dict) and isinstance(new, dict)): return f'{name} {brief(old)}, not {brief(new)}'
-    return f"other options: {'; '.join(differences({name: old}, {name: new}))}"
+    odd = differences({name: old}, {name: new}) if isinstance(old, dict) and isinstance(new, dict) else []
+    return f"other options: {'; '.join(odd)}" if odd else f'{name} {brief(old)}, not {brief(new)}'
 
 # %% ../../nbs/14_experiments/14_command.ipynb #99b38ca5
 def begin(out:Path, # Folder of the experiment

@@ -50,16 +50,17 @@ def make(d):
     (d/'prompts.txt').write_text('\n'.join(TEXTS) + '\n')
     (d/'mine.py').write_text(REWARD)
 
-def plain(d, lora, prompts):
+def plain(model, lora, prompts, S=3, guidance=5., **more):
     "What a script of diffusers draws with a LoRA, as pixels"
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline
-    pipe = StableDiffusionXLPipeline.from_pretrained(d/'xl')
+    pipe = StableDiffusionXLPipeline.from_pretrained(model)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     if lora: pipe.load_lora_weights(str(lora.parent), weight_name=lora.name)
-    start = noise(start_seeds(0, len(prompts)), START, (4, 16, 16))
-    return pipe(prompts, latents=start, num_inference_steps=3, guidance_scale=5., height=128, width=128,
-                output_type='pt').images.cpu()
+    side = pipe.unet.config.sample_size
+    start = noise(start_seeds(0, len(prompts)), START, (pipe.unet.config.in_channels, side, side))
+    return pipe(prompts, latents=start, num_inference_steps=S, guidance_scale=guidance, output_type='pt',
+                height=side*pipe.vae_scale_factor, width=side*pipe.vae_scale_factor, **more).images.cpu()
 
 def check(ok, what):
     if not ok: raise SystemExit(f'end to end: {what}')
@@ -105,9 +106,9 @@ def end_to_end(d, start=Process):
     for layout in ('diffusers', 'kohya'): sharpen('export', 'whole', '--layout', layout, '--out',
                                                   f'{layout}.safetensors')
     drawn = torch.stack([read_picture(d/f'pictures/000{i}.png') for i in range(4)])
-    check((plain(d, None, TEXTS[:4]) - drawn).abs().max() > .02, 'the LoRA changes the pictures')
+    check((plain(d/'xl', None, TEXTS[:4]) - drawn).abs().max() > .02, 'the LoRA changes the pictures')
     for layout in ('diffusers', 'kohya'):
-        gap = (plain(d, d/f'{layout}.safetensors', TEXTS[:4]) - drawn).abs().max().item()*255
+        gap = (plain(d/'xl', d/f'{layout}.safetensors', TEXTS[:4]) - drawn).abs().max().item()*255
         check(gap < .6, f'diffusers draws the same from the {layout} file: {gap:.2f} of 255')
     pushed = json.loads(sharpen('push', 'whole', 'me/sharp', '--dry-run', '--json'))
     check({lora_file, 'lora_kohya.safetensors', 'README.md', 'report.json'} <= {*pushed['files']}

@@ -6,15 +6,14 @@ after a third of the batches, after which `--resume` goes on: both must end in t
 Then plain diffusers loads the LoRA and must draw the pictures of `sharpen sample`: `gap` is the largest
 difference of a pixel, of 255, and `gap_of_base` the same without the LoRA. The summary goes to
 data/results/every_method.json (not with --dry); what is in runs/every is not made again."""
-import json, os, signal, subprocess, sys, time
+import json, signal, time
 from pathlib import Path
 import torch
 from arms import asked
+from end_to_end import Process, plain
 from diffusion_sharpening.commands.load import quiet
 from diffusion_sharpening.basics.files import digest, read_json, write_json
 from diffusion_sharpening.basics.pictures import read_picture
-from diffusion_sharpening.basics.seeds import START, noise
-from diffusion_sharpening.evaluation.measure import start_seeds
 from diffusion_sharpening.models.hand_over import switch_off, switch_step
 from diffusion_sharpening.models.lora import lora_file
 from diffusion_sharpening.worlds.world import weights
@@ -22,42 +21,27 @@ from results import write
 
 PICTURES, S, CLOSE = 4, 10, .6          # CLOSE: of 255, the rounding of a picture in a file
 
-def start(*argv):
-    "A command line of its own"
-    code = 'from diffusion_sharpening.commands.cli import main; main()'
-    return subprocess.Popen([sys.executable, '-c', code, *map(str, argv)], stdout=subprocess.PIPE, text=True,
-                            stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS='1'))
+def check(end, code, *argv):
+    "SystemExit where a command line ended in another way"
+    if end.code != code: raise SystemExit(f"sharpen {' '.join(map(str, argv))}: {end.code}: {end.err[-800:]}")
 
-def done(*argv):
-    "Run one to its end; SystemExit where it fails"
-    said, _ = (p := start(*argv)).communicate()
-    if p.returncode: raise SystemExit(f"sharpen {' '.join(map(str, argv))}: {said[-800:]}")
+def done(*argv): check(Process(*argv).end(1e5), 0, *argv)
 
 def lines(file): return len(file.read_text().splitlines()) if file.exists() else 0
 
 def interrupted(at, after, *argv):
     "Run one until a number of batches are logged, and interrupt it; how many it made"
-    p = start(*argv)
-    while p.poll() is None and lines(at/'metrics.jsonl') < after: time.sleep(.2)
-    p.send_signal(signal.SIGINT)
-    said, _ = p.communicate()
-    if p.returncode != 130: raise SystemExit(f"sharpen {argv[1]}: ended by {p.returncode}: {said[-800:]}")
+    p = Process(*argv)
+    while p.p.poll() is None and lines(at/'metrics.jsonl') < after: time.sleep(.2)
+    p.p.send_signal(signal.SIGINT)
+    check(p.end(1e5), 130, *argv)
     return lines(at/'metrics.jsonl')
 
-def plain(lora, prompts, method):
-    "What a script of diffusers draws, as pixels; the last steps by the base where the method hands over"
-    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
-    pipe = StableDiffusionXLPipeline.from_pretrained(weights('shapes-sdxl'))
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    if lora: pipe.load_lora_weights(str(lora), weight_name=lora_file)
+def drawn_by_diffusers(lora, prompts, method):
+    "Pixels; the last steps are the base's where the method hands over"
     at = switch_step(getattr(method, 'ft_fraction', 1.), S)
     more = dict(callback_on_step_end=switch_off(at)) if lora and at < S else {}
-    unet = pipe.unet.config
-    shape = unet.in_channels, unet.sample_size, unet.sample_size
-    px = unet.sample_size*pipe.vae_scale_factor
-    return pipe(prompts, latents=noise(start_seeds(0, len(prompts)), START, shape), num_inference_steps=S,
-                guidance_scale=1., height=px, width=px, output_type='pt', **more).images.cpu()
+    return plain(weights('shapes-sdxl'), lora, prompts, S, 1., **more)
 
 def measure(name, method, steps, at):
     "One method"
@@ -71,9 +55,9 @@ def measure(name, method, steps, at):
     told = [json.loads(l) for l in (at/'pictures'/'prompts.jsonl').read_text().splitlines()]
     drawn = torch.stack([read_picture(at/'pictures'/o['file']) for o in told])
     def far(lora):
-        other = plain(lora, [o['prompt'] for o in told], method)
+        other = drawn_by_diffusers(lora, [o['prompt'] for o in told], method)
         return round((other - drawn).abs().max().item()*255, 3)
-    return dict(same_bits=same, interrupted_after=made, gap=far(at/'whole'), gap_of_base=far(None),
+    return dict(same_bits=same, interrupted_after=made, gap=far(at/'whole'/lora_file), gap_of_base=far(None),
                 seconds=round(time.time() - began, 1))
 
 def main():
