@@ -210,3 +210,14 @@ def test_search_finds(tab, address, question):
     first = tab.eval_on_selector_all(links, 'all => all.slice(0, 3).map(e => e.href)')
     assert any(f'/{QUESTIONS[question]}.html' in o for o in first), first
     assert tab.wrong == []
+
+@browser_only
+def test_search_can_be_asked_on_its_page(tab, address):
+    "Without a question the page has a form and examples, and both lead to results"
+    for act in ("document.querySelector('.search-here input').value = 'LoRA'; "
+                "document.querySelector('.search-here').submit()",
+                "[...document.querySelectorAll('article a')].find(a => a.search).click()"):
+        tab.goto(f'{address}/search.html')
+        assert tab.query_selector_all('#search-results li') == []
+        tab.evaluate(act)
+        tab.wait_for_selector('#search-results ul.search li a', timeout=15_000)

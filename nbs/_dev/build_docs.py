@@ -118,6 +118,8 @@ def main(out=out):
     (site/'_static').mkdir()
     katex(site/'_static'/'katex')
     for name in static: shutil.copy(here/name, site/'_static'/name)
+    (site/'_templates').mkdir()
+    shutil.copy(here/'search.html', site/'_templates')
     for name in ['conf.py', 'sphinx_site.py', 'scorer.js']: shutil.copy(here/name, site/name)
     for name in ['reference/pictures', 'figures']: shutil.copytree(site/name, out/name)
     env = dict(os.environ, SHARPEN_SETTINGS=str(cfg.config_file), PYTHONPATH=str(site))

@@ -10,7 +10,7 @@ project, author, release = 'Diffusion Sharpening', _cfg['author'], _cfg['version
 copyright = _cfg['copyright']
 html_title = project
 extensions = ['myst_nb', 'sphinx_site']
-exclude_patterns = ['_build', 'conf.py']
+exclude_patterns = ['_build', '_templates', 'conf.py']
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type']
 
 nb_execution_mode = 'off'                          # outputs are those saved in the notebooks
@@ -25,7 +25,7 @@ html_theme = 'furo'
 html_favicon = '_static/favicon.svg'
 html_use_index = False                             # `reference/names` is the index
 html_search_scorer = os.path.join(os.path.dirname(__file__), 'scorer.js')
-html_static_path = ['_static']
+html_static_path, templates_path = ['_static'], ['_templates']
 html_css_files = ['site.css']
 html_copy_source = html_show_sourcelink = html_show_sphinx = False
 _font = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', sans-serif"

@@ -5,8 +5,9 @@
 after a third of the batches, after which `--resume` goes on: both must end in the same weights, bit for bit.
 Then plain diffusers loads the LoRA and must draw the pictures of `sharpen sample`: `gap` is the largest
 difference of a pixel, of 255, and `gap_of_base` the same without the LoRA. The summary goes to
-data/results/every_method.json (not with --dry); what is in runs/every is not made again."""
-import json, signal, time
+data/results/every_method.json (not with --dry); a method that was measured whole, as runs/every tells, is not
+measured again."""
+import json, shutil, signal, time
 from pathlib import Path
 import torch
 from arms import asked
@@ -44,7 +45,8 @@ def drawn_by_diffusers(lora, prompts, method):
     return plain(weights('shapes-sdxl'), lora, prompts, S, 1., **more)
 
 def measure(name, method, steps, at):
-    "One method"
+    "One method, in an empty folder"
+    shutil.rmtree(at, ignore_errors=True)
     began = time.time()
     own = ['train', name, '--model', 'shapes', '--reward', 'clip', '--heldout', 0, '--steps', steps]
     done(*own, '--out', at/'whole')
