@@ -47,7 +47,12 @@ CACHE = 2**29  # Bytes of prompt features that are kept
 class Features(dict):
     "Features by prompt; those not used for longest are forgotten first"
     def __init__(self, most=CACHE): # Bytes
-        super().__init__(); self.most, self.bytes = most, 0
+        super().__init__(); self.most, self.bytes, self.dtype = most, 0, None
+
+    def renew(self, dtype): # That the encoders have now
+        "Drop what was encoded in another precision"
+        if self.dtype not in (None, dtype): self.clear(); self.bytes = 0
+        self.dtype = dtype
 
     def use(self, key, make): # Its features; `make()` gives them if they are not known
         "Look a prompt up, which makes it the one that was used last"

@@ -40,7 +40,7 @@ class Denoiser(Learner):
         for m in pipe.components.values():
             if isinstance(m, torch.nn.Module) and m is not self.policies.net: m.requires_grad_(False).eval()
         keep_in_range(pipe.vae)
-        self.dtype, self.device, self.score_vae = self.policies.net.dtype, pipe.device, score_vae
+        self.device, self.score_vae = pipe.device, score_vae
         self.schedule, flow, cfg = path_of(pipe.scheduler), is_flow(pipe.scheduler), pipe.scheduler.config
         self.kind = 'flow' if flow else cfg.prediction_type
         self.ticks = cfg.num_train_timesteps if flow else 1  # what the network calls the time 1
@@ -141,6 +141,7 @@ def unconditional(self:Denoiser,
 # %% ../../nbs/03_models/12_denoiser.ipynb #e47fec4c
 @patch
 def _cached(self:Denoiser, prompt, negative=False):  # Features of one prompt, on the CPU
+    if not self.blind: self.cache.renew(self.dtype)
     return self.cache.use((prompt,) if negative else prompt, lambda: self._features(prompt, negative))
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #a20c5e4f
@@ -198,7 +199,7 @@ def cost(self:Denoiser) -> int:
 # %% ../../nbs/03_models/12_denoiser.ipynb #cc171454
 @patch
 def _inputs(self:Denoiser, cond, n):  # What the network is told about `n` images, but for latents and times
-    key = n, self.cost, self.negative, self.told and self.guidance
+    key = n, self.cost, self.negative, self.told and self.guidance, self.dtype
     if self.memo and self.memo[0] is cond and self.memo[1] == key: return self.memo[2]
     c = cond.repeat(n//len(cond))
     if self.told: c = Cond(**c.tensors, guidance=torch.full((n,), self.guidance, device=self.device))
@@ -313,6 +314,12 @@ def save_pipeline(self:Denoiser,
     self.pipe.save_pretrained(dir)
     for part in self.pipe.components: as_new_files(Path(dir)/part)
 
+# %% ../../nbs/03_models/12_denoiser.ipynb #8eb52738
+@patch(as_prop=True)
+def dtype(self:Denoiser) -> torch.dtype:
+    "Precision that the network runs in"
+    return self.policies.precision
+
 # %% ../../nbs/03_models/12_denoiser.ipynb #3e6a3815
 @patch
 def cast(self:Denoiser,
@@ -325,8 +332,7 @@ def cast(self:Denoiser,
         raise ValueError('cast: expected a model that does not learn yet, before add_lora or add_full')
     in_precision(self.pipe, dtype); keep_in_range(self.pipe.vae)
     if self.score_vae is not None: in_precision(self.score_vae, dtype)
-    if not self.blind: self.cache = Features(self.cache.most)
-    self.dtype, self.memo = dtype, None
+    self.policies.precision = dtype
     return self
 
 # %% ../../nbs/03_models/12_denoiser.ipynb #648709d2

@@ -42,7 +42,7 @@ class Policies:
     ):
         self.net = self.forward = net.requires_grad_(False).eval()
         self.named, self.current, self.full, self.swap = {}, None, False, None
-        self.carried, self.layers = carried(net), []
+        self.carried, self.layers, self.precision = carried(net), [], getattr(net, 'dtype', torch.float32)
         self.exchange, self.sharded = self.hand, False     # how other weights come into a full fine-tune
 
     def __call__(self, *args, **kwargs) -> Tensor:
