@@ -17,6 +17,7 @@ from diffusion_sharpening.experiments.arms import BACKWARD, arms_of
 from diffusion_sharpening.experiments.bed import bed_of, evaluated, record
 from diffusion_sharpening.experiments.compare import against, name_of, tuned
 from diffusion_sharpening.worlds.layouts.grammar import pages, prompt_of
+from diffusion_sharpening.worlds.shapes.draw import picture, prompts
 from diffusion_sharpening.worlds.molecules.data import load_graphs, molecule_pairs, split_of
 from diffusion_sharpening.worlds.world import weights
 
@@ -26,7 +27,11 @@ def _pages(n):
 
 def _molecules(n): return molecule_pairs(split_of(load_graphs(weights('molecules-qm9')), 'heldout'), n, 8)
 
-HELD = dict(layouts=_pages, molecules=_molecules)             # true things with prompts that are held out
+def _shapes(n):
+    texts = prompts(n, 'heldout', 1)
+    return torch.stack([picture(o, k, 'heldout') for k, o in enumerate(texts)]), texts
+
+HELD = dict(shapes=_shapes, layouts=_pages, molecules=_molecules)   # true things, with held-out prompts
 
 def place(folder):
     "Test bed, tuned arms and the records of the first seed of an experiment"
