@@ -155,11 +155,12 @@ def coupled(model,
 def along_path(model, judge,
                tr:Trajectory, # States `(m+1, n, B, …)`
                prompts:list, # `B` texts
-               how:str='sum' # How rewards along the path are put together: see `aggregate`
+               how:str='sum', # How rewards along the path are put together: see `aggregate`
+               ends:Tensor=None # Where the paths end `(n, B, …)`; None: of each state its clean estimate
               )->tuple: # Values `(n, B)`, and the last pictures `(n, B, …)`
-    "Score the clean estimates of the states that were visited"
-    R, pictures = judged(model, judge, tr.x0s, prompts)
-    return aggregate(R, how, tr.mask), pictures[-1]
+    "Score the clean estimates of the states that were visited, or the end that they lead to"
+    R, pictures = judged(model, judge, tr.x0s if ends is None else ends[None], prompts)
+    return aggregate(R.expand(len(tr.x0s), *R.shape[1:]), how, tr.mask), pictures[-1]
 
 # %% ../../nbs/08_methods/02_parts.ipynb #76fc0e59
 def at_end(model, judge,

@@ -12,8 +12,8 @@ from ..basics.settings import within, words
 from ..maths.choice import pair, pick, standardise, tied
 from ..maths.losses import log_ratio
 from .parts import (
-    along_path, begun, candidate_seeds, check_path, coupled, from_noises, from_prompt, guided, lesson_error,
-    margin_loss, pair_rows, path_rows, plain, summary)
+    along_path, begun, candidate_seeds, check_path, coupled, finished, from_noises, from_prompt, guided,
+    lesson_error, margin_loss, pair_rows, path_rows, plain, summary)
 from .protocol import Lesson, Method
 
 # %% ../../nbs/08_methods/05_rlhf_sharpening.ipynb #124aa74b
@@ -33,6 +33,7 @@ class RLHFSharpening(Method):
     first_only: bool = False          # Measure the reference at the first state only (released code)
     early: float = within(0., 0, below=1) # Begin no earlier than this share of the sampler's steps
     late: float = within(1., above=0, hi=1) # Begin no later than this share
+    finish: bool = False              # Score where a path ends, as printed, not estimates of its states
     guidance: float = within(0., 0)   # Classifier-free guidance in rollouts; 1: none, 0: as the model samples
 
     @property
@@ -40,7 +41,7 @@ class RLHFSharpening(Method):
 
     @classmethod
     def paper(cls, **changes):
-        "Algorithm 2 as printed"
+        "Algorithm 2 as printed, but for `finish`: values are of one-step estimates, as the code has them"
         return cls(**changes)
 
     @classmethod
@@ -65,7 +66,8 @@ class RLHFSharpening(Method):
         "Generate, noise, roll, score; keep best and worst, with what the reference says of them"
         view = guided(model, self.guidance)
         paths = self.paths(view, batch)
-        R, pictures = along_path(view, judge, paths.tr, batch.prompts, self.aggregate)
+        ends = finished(view, paths.tr, self.S, batch.cond) if self.finish else None
+        R, pictures = along_path(view, judge, paths.tr, batch.prompts, self.aggregate, ends)
         (w, l), Z, use = pair(R), standardise(R), (~tied(R)).float()
         rows = pair_rows(path_rows(paths), w, l) | dict(gap=pick(Z, w) - pick(Z, l))
         lesson = Lesson(rows, batch.cond, use, summary(R) | dict(tied=1-use.mean()), pictures)

@@ -10,9 +10,9 @@ import torch
 from dataclasses import dataclass
 from ..basics.settings import within, words
 from ..maths.choice import pick, weights
-from diffusion_sharpening.methods.parts import (
-    along_path, begun, candidate_seeds, check_path, flat, from_noises, guided, lesson_error, path_rows,
-    plain, repeated, summary)
+from .parts import (
+    along_path, begun, candidate_seeds, check_path, finished, flat, from_noises, guided, lesson_error,
+    path_rows, plain, repeated, summary)
 from .protocol import Lesson, Method
 
 # %% ../../nbs/08_methods/04_sft_sharpening.ipynb #b4dc2b86
@@ -29,6 +29,7 @@ class SFTSharpening(Method):
     through: bool = False             # Let gradients run through the sampler's steps (released code)
     early: float = within(0., 0, below=1) # Begin no earlier than this share of the sampler's steps
     late: float = within(1., above=0, hi=1) # Begin no later than this share
+    finish: bool = False              # Score where a path ends, as printed, not estimates of its states
     guidance: float = within(0., 0)   # Classifier-free guidance in rollouts; 1: none, 0: as the model samples
 
     needs_images = True
@@ -38,7 +39,7 @@ class SFTSharpening(Method):
 
     @classmethod
     def paper(cls, **changes):
-        "Algorithm 1 as printed"
+        "Algorithm 1 as printed, but for `finish`: values are of one-step estimates, as the code has them"
         return cls(**changes)
 
     @classmethod
@@ -54,7 +55,8 @@ class SFTSharpening(Method):
         "Noise, roll, score, choose"
         view, ts = guided(model, self.guidance), begun(self, model, batch.seeds)
         paths = from_noises(view, batch.data['x0'], ts, candidate_seeds(batch.seeds, self.n), batch.cond)
-        R, pictures = along_path(view, judge, paths.tr, batch.prompts, self.aggregate)
+        ends = finished(view, paths.tr, self.S, batch.cond) if self.finish else None
+        R, pictures = along_path(view, judge, paths.tr, batch.prompts, self.aggregate, ends)
         w = weights(R, self.alpha)
         rows, n = path_rows(paths), self.n
         if self.alpha: rows, use = {k: flat(v) for k, v in rows.items()}, flat(w)
