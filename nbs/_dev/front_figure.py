@@ -1,10 +1,12 @@
 #!/usr/bin/env python
 """The figure of the README, from the first demo of `demos.py`: `python nbs/_dev/front_figure.py`
 
-Both sides are made again and must score what the demo wrote down. `make readme` makes the narrow form."""
+Both sides are made again and must score what the demo wrote down. `make readme` makes the narrow form. How
+many captions rose and fell goes to data/results/front.json."""
 import argparse
 from pathlib import Path
 import torch
+from results import write
 from diffusion_sharpening.basics.files import read_json
 from diffusion_sharpening.basics.stats import numbers
 from diffusion_sharpening.commands.load import load_model
@@ -26,6 +28,9 @@ def main():
     p.add_argument('--run', type=Path, default=root/'runs'/'demos'/'0', help='folder of a demo')
     a = p.parse_args()
     told = read_json(a.run/'scores.json')
-    before_after(side(told, 'before'), side(told, 'after', str(a.run)), root/'figures'/'demo.png', exam.name)
+    was, now = side(told, 'before'), side(told, 'after', str(a.run))
+    before_after(was, now, root/'figures'/'demo.png', exam.name)
+    change = now.scores[exam.name] - was.scores[exam.name]
+    write('front', dict(captions=len(change), rose=(change > 0).sum().item(), fell=(change < 0).sum().item()))
 
 if __name__ == '__main__': main()

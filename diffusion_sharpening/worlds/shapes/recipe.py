@@ -25,7 +25,7 @@ from .ratings import rated_shapes
 # %% ../../../nbs/05_worlds/shapes/09_recipe.ipynb #90a3cbee
 @dataclass
 class Sizes:
-    "How much of everything; the defaults make what ships"
+    "How much of everything; the defaults are for two cores of a CPU"
     pairs: int = 60000 # Half of them from seed 0, half from seed 1
     vae_steps: int = 4500 # Updates of the autoencoder
     base_steps: int = 24000 # Updates of U-Net and text encoders
