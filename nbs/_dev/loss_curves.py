@@ -66,12 +66,12 @@ def main():
     p.add_argument('--seeds', type=int, default=3); p.add_argument('--n', type=int, default=240)
     a = p.parse_args()
     torch.set_num_threads(1); quiet()
-    found = {}
+    folder, found = Path('runs/loss_curves'), {}
+    folder.mkdir(parents=True, exist_ok=True)
     for world, make in HELD.items():
         bed, held, found[world] = bed_of(world, budget=1., heldout=2, looks=0), make(a.n), {}
         for name, arm in arms_of('comparison', ARMS).items():
-            files = [Path('runs/loss_curves')/f'{world}-{name.replace(" ", "_")}-{s}.json'
-                     for s in range(a.seeds)]
+            files = [folder/f'{world}-{name.replace(" ", "_")}-{s}.json' for s in range(a.seeds)]
             for s, f in enumerate(files):
                 if not f.exists(): write_json(f, dict(asked=vars(a), rows=curve(bed, arm, held, a, s)))
             runs = [read_json(f)['rows'] for f in files]
