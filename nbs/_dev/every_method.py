@@ -18,7 +18,7 @@ from diffusion_sharpening.basics.pictures import read_picture
 from diffusion_sharpening.models.hand_over import switch_off, switch_step
 from diffusion_sharpening.models.lora import lora_file
 from diffusion_sharpening.worlds.world import weights
-from results import write
+from results import origin, write
 
 PICTURES, S, CLOSE = 4, 10, .6          # CLOSE: of 255, the rounding of a picture in a file
 
@@ -68,12 +68,13 @@ def main():
     quiet()
     found, folder = {}, Path('runs/every')
     from diffusion_sharpening.methods.catalog import find
-    for label, (name, preset) in arms.items():
-        if preset != 'default': continue
+    for name in dict.fromkeys(name for name, _ in arms.values()):       # presets have the same code
         file = folder/f'{name}.json'
-        if not file.exists(): write_json(file, measure(name, find(name)(), a.steps, folder/name))
-        found[label] = read_json(file)
-        print(label, found[label], flush=True)
+        if not file.exists():
+            told = measure(name, find(name)(), a.steps, folder/name)
+            write_json(file, told | dict(git_commit=origin()['git_commit']))
+        found[name] = read_json(file)
+        print(name, found[name], flush=True)
     bad = [k for k, o in found.items() if not o['same_bits'] or o['gap'] >= CLOSE]
     if not a.dry: write('every_method', dict(steps=a.steps, pictures=PICTURES, arms=found))
     if bad: raise SystemExit(f"not as it should be: {', '.join(bad)}")
