@@ -798,6 +798,59 @@ def test_own_prompts_are_split(xl, tmp_path, capsys):
         assert str(tmp_path) in capsys.readouterr().out
 
 
+def test_prompts_that_change_between_two_stops(xl, tmp_path, capsys):
+    "The report rings, and a later evaluation does not call them held out without a warning"
+    file, out = tmp_path/'mine', tmp_path/'run'
+    file.write_text('\n'.join(f'a red circle and {i} things' for i in range(6)))
+    common = dict(n=2, S=2, batch=2, rank=2)
+    told = command.train('rlhf', model=xl, reward='clip@shapes', prompts=str(file), heldout=2, S_eval=1,
+                         out=str(out), steps=1, **common)
+    assert told['changed'] == []
+    file.write_text('\n'.join(f'a red circle and {i} things' for i in range(4)))
+    told = command.train('rlhf', resume=str(out), steps=2)
+    assert any('prompts' in o and 'may have been trained on' in o for o in told['alarms']['rang'])
+    told = command.train('rlhf', resume=str(out), steps=3)                 # which a later stop does not hide
+    assert [o.split(' was ')[0] for o in told['changed']] == ['prompts']
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match='may have been trained on'):
+        assert cli.run(['evaluate', '--lora', str(out), '--reward', 'clip@shapes', '--S', '1']) == 0
+
+
+def test_two_commands_in_one_folder(xl, tmp_path, monkeypatch, capsys):
+    "What another process works in is left alone, by `sample` and `score` too"
+    drawn, out = tmp_path/'drawn', tmp_path/'busy'
+    assert call(monkeypatch, 'sample', '--model', xl, '--n', 2, '--S', 1, '--out', drawn) == 0
+    code = ('import sys; from diffusion_sharpening.training.folder import locked\n'
+            f'with locked({str(out)!r}): print(flush=True); sys.stdin.read()')
+    with subprocess.Popen([sys.executable, '-c', code], stdin=-1, stdout=-1) as other:
+        other.stdout.readline(); capsys.readouterr()
+        for argv in (['sample', '--model', xl, '--n', 2, '--S', 1], ['score', '--images', drawn,
+                     '--reward', 'clip@shapes']):
+            assert call(monkeypatch, *argv, '--out', out) == 2
+            one_line(capsys.readouterr().err, str(other.pid))
+        assert [p.name for p in out.iterdir()] == ['.sharpen.lock']
+        other.stdin.close()
+    assert call(monkeypatch, 'sample', '--model', xl, '--n', 2, '--S', 1, '--out', out) == 0
+
+
+def test_refused_before_anything_is_measured(xl, tmp_path, monkeypatch, capsys):
+    "A tracker that is not there, a model that is none, a disk too small for the weights"
+    own = ['train', 'rlhf', '--reward', 'clip@shapes', '--heldout', 2, '--S-eval', 1, '--steps', 1,
+           '--out', tmp_path/'o']
+    def never(*args, **kw): raise AssertionError('measured')
+    monkeypatch.setattr(command, 'evaluate', never)
+    assert call(monkeypatch, *own, '--model', xl, '--tracker', 'foo', '--set', *small) == 2
+    one_line(capsys.readouterr().err, 'tracker: ')
+    assert call(monkeypatch, *own[:3], 'image_reward', *own[4:], '--model', 'nosuch') == 2
+    one_line(capsys.readouterr().err, 'found no nosuch')
+    monkeypatch.undo()
+    import shutil
+    full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: full)
+    assert call(monkeypatch, *own, '--model', xl, '--set', *small) in (1, 2)
+    one_line(capsys.readouterr().err.splitlines(True)[-1], 'weights: needs ')
+
+
 def test_an_exam_belongs_to_its_model(xl, tmp_path, monkeypatch, capsys):
     "Captions of Shapes with another model: no exam; a judge that cannot judge is refused before work"
     assert cli.run(['evaluate', '--model', xl, '--reward', 'clip@shapes', '--n', '2', '--S', '1',

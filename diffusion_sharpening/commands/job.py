@@ -22,6 +22,7 @@ from ..data.preferences import (
     PreferencePairs, choice_source, judged, picture_in, read_preferences, seed_in)
 from ..data.sources import Columns, Pictures, Prompts, StoredPictures
 from ..data.tables import prompt_set
+from ..models.loading import check_name
 from ..names.catalog import entry, load_reward
 from ..names.grammar import parse_spec
 from ..rewards.preference import split_pairs
@@ -223,6 +224,7 @@ def job_of(method:str, model:str, reward:str, prompts:str, images:str, preset:st
     check_sampler(guidance, eta, S_eval=S_eval)
     run, made = settings(method, preset, **changes)
     world, n, own = world_of(model), heldout_number(heldout, model), own_pairs(made, images)
+    if not world: check_name(model)
     if run.validate_every and not n:
         raise ValueError('validate_every: expected held-out prompts to score, found none')
     if made.columns and not images and not world:

@@ -18,7 +18,7 @@ from .provenance import provenance
 from ..data.tables import write_prompts
 from ..evaluation.measure import pictures_of, start_seeds
 from ..training.advice import pictures_at_once
-from ..training.folder import check_no_run
+from ..training.folder import check_no_run, locked
 
 # %% ../../nbs/13_commands/10_sample.ipynb #4aef1db1
 def write_pictures(pictures:Tensor, # `(N, 3, H, W)` in [0, 1]
@@ -117,15 +117,16 @@ def sample(
     seeds, out = start_seeds(seed, len(texts)), output_folder(out)
     asked = dict(model=model, lora=lora and str(lora), prompts=prompts, n=n, S=S, eta=eta, seed=seed,
                  guidance=guidance, px=px, variant=variant)
-    check_no_run(out)
-    check_asked(out, len(texts), asked)
-    d = load_model(model, lora=lora, eta=eta,
-                   **as_of_run(lora, model, guidance=guidance, px=px, variant=variant))
-    d.say_cut(texts)
-    chunk, d = pictures_at_once(d), as_trained(d, lora, S)
-    made = d.sample(texts, seeds, S, chunk=chunk).cpu()
-    about = dict(asked=asked, used=dict(eta=d.eta, guidance=d.guidance, size=list(d.size))) | provenance()
-    replace_pictures(pictures_of(made, texts), texts, out, about)
+    with locked(out):
+        check_no_run(out)
+        check_asked(out, len(texts), asked)
+        d = load_model(model, lora=lora, eta=eta,
+                       **as_of_run(lora, model, guidance=guidance, px=px, variant=variant))
+        d.say_cut(texts)
+        chunk, d = pictures_at_once(d), as_trained(d, lora, S)
+        made = d.sample(texts, seeds, S, chunk=chunk).cpu()
+        about = dict(asked=asked, used=dict(eta=d.eta, guidance=d.guidance, size=list(d.size))) | provenance()
+        replace_pictures(pictures_of(made, texts), texts, out, about)
     return out
 
 # %% ../../nbs/13_commands/10_sample.ipynb #c5770f8a

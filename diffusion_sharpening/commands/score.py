@@ -15,12 +15,13 @@ from ..basics.files import read_json, write_json, write_whole
 from ..basics.pictures import PICTURES, PictureError, open_picture, read_picture
 from ..basics.stats import interval
 from ..basics.texts import hidden, lines_of
-from .sample import check_free
+from .sample import LIST, check_free
 from ..data.archives import listed
 from ..data.tables import FILES, column, files_of, parse_source, table, text_in
 from ..names.catalog import load_reward
 from ..rewards.mixture import part_names
-from ..training.folder import check_no_run
+from ..training.folder import check_no_run, locked
+from ..worlds.world import world_of
 
 # %% ../../nbs/13_commands/02_score.ipynb #4f7984ad
 def list_images(folder # With pictures
@@ -171,15 +172,22 @@ def score_folder(
     label, t0 = reward if isinstance(reward, str) else reward.name, time.time()
     names, texts = zip(*read_pairs(images, prompts))
     keys = list(zip(names, fingerprints(images, names), texts))
-    if isinstance(reward, str): reward = load_reward(reward, train=False)
+    if isinstance(reward, str): reward = load_reward(reward, _world_of(images), train=False)
     device, out = device or ('cuda' if torch.cuda.is_available() else 'cpu'), _folder(out)
-    done = open_journal(out/'scores.jsonl', label, _made(reward))
-    todo = [k for k in keys if k not in done]
-    fresh = _work(reward, images, todo, out, batch, device, len(keys))
-    rows = [done.get(k) or fresh[k] for k in keys]
-    res = dict(reward=label) | summarise(rows) | dict(new=len(todo), seconds=round(time.time()-t0, 2))
-    write_scores(out, res, rows)
+    with locked(out):
+        done = open_journal(out/'scores.jsonl', label, _made(reward))
+        todo = [k for k in keys if k not in done]
+        fresh = _work(reward, images, todo, out, batch, device, len(keys))
+        rows = [done.get(k) or fresh[k] for k in keys]
+        res = dict(reward=label) | summarise(rows) | dict(new=len(todo), seconds=round(time.time()-t0, 2))
+        write_scores(out, res, rows)
     return res
+
+# %% ../../nbs/13_commands/02_score.ipynb #3abef039
+def _world_of(images): # Name of the world of the model whose pictures these are, where `sample` says it
+    try: world = world_of(read_json(Path(images)/LIST)['asked']['model'])
+    except (ValueError, KeyError, TypeError): return
+    return world and world.name
 
 # %% ../../nbs/13_commands/02_score.ipynb #292179c5
 def _ours(file): # Has `write_scores` written it?
@@ -219,7 +227,7 @@ def _work(reward, images, todo, out, batch, device, n):
 
 # %% ../../nbs/13_commands/02_score.ipynb #ba21388e
 def score(
-    reward:str='clip', # Reward: as for `train`
+    reward:str='clip', # Reward: as for `train`; of pictures that `sample` made, as for their model
     images:str='', # Folder of pictures
     prompts:str='', # File (txt, jsonl, csv, …; FILE:COLUMN) or hf:owner/name; none: prompts.jsonl beside them
     out:str='scores', # Folder for scores.json, scores.csv and a journal; the same call goes on after a stop

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BEFORE', 'SAME', 'OPTIONS', 'plan', 'check_names', 'depends_on', 'Keep', 'measured_before', 'callbacks', 'validation',
-           'save_weights', 'write_results', 'report_of', 'fine_tune', 'stopped', 'train', 'all_settings', 'resume']
+           'save_weights', 'write_results', 'altered', 'report_of', 'fine_tune', 'stopped', 'train', 'all_settings',
+           'resume']
 
 # %% ../../nbs/13_commands/09_train.ipynb #f7d5ad28
 import diffusion_sharpening, inspect, time, uuid
@@ -137,14 +138,15 @@ def callbacks(out:Path, # Folder of the run
               around:dict, # What may differ when it goes on, but is said: versions, contents of files, …
               exam, # Judge that is not trained on, or None
               again:bool, # Does it go on?
-              plan # A `Plan`
+              plan, # A `Plan`
+              changed:list # Gets what was changed between stops
              )->list:
     "What runs beside the loop"
     at, about = out/'checkpoints', {k: asked.get(k) for k in SAME} | asked.get('moved', {})
-    saved = Checkpoint(at, about, dict(asked=asked, provenance=around), again)
+    saved = Checkpoint(at, about, dict(asked=asked, provenance=around, changed=changed), again)
     tracker = [Tracker(asked['tracker'], out/'trackers')] if asked['tracker'] else []
-    return [*[Resume(at, about, around)]*again, Record(out, asked, again), plan, Timer(), Alarms(exam, 10),
-            Progress(), Log(out/'metrics.jsonl'), *tracker, saved]
+    return [*[Resume(at, about, around, changed)]*again, Record(out, asked, again), plan, Timer(),
+            Alarms(exam, 10), Progress(), Log(out/'metrics.jsonl'), *tracker, saved]
 
 # %% ../../nbs/13_commands/09_train.ipynb #b53dd1ea
 def validation(job:Job, # What is run
@@ -188,9 +190,20 @@ def write_results(out:Path, # Folder of the run
     if before:
         _drawn(lambda a, path: before_after(a, after, path, [*a.scores][-1]), before, out/'before_after.png')
 
+# %% ../../nbs/13_commands/09_train.ipynb #557dbd48
+def altered(changed:list # From `Resume`
+          )->str: # Empty: nothing that a result hangs on
+    "Whether model, reward, method or prompts were others in a part of the run"
+    names = dict.fromkeys(o.split(' was ')[0].split('.')[0] for o in changed)
+    own = [k for k in names if k in ('model', 'reward', 'method', 'prompts')]
+    if not own: return ''
+    held = '; some that are held out now may have been trained on'*('prompts' in own)
+    return f"changed in the middle of the run: {', '.join(own)}{held}"
+
 # %% ../../nbs/13_commands/09_train.ipynb #8b6913e0
 def report_of(job:Job, s, # What was run; `State` of the loop at its end
-              before, after # `Evaluation`s, or None
+              before, after, # `Evaluation`s, or None
+             changed:list # From `Resume`
              )->dict:
     "The part of a report that the run itself says"
     rep = dict(judge=job.judge.name, seed=job.run.seed, steps=job.run.steps,
@@ -203,7 +216,8 @@ def report_of(job:Job, s, # What was run; `State` of the loop at its end
     rep['follows'] = job.method.needs_judge                         # was the reward trained on?
     if hasattr(job.source, 'held'): rep['win_rate'] = s.history[-1].get('held-out/win_rate')
     if before: rep |= compared(before, after)
-    rang = [*filter(None, [unlearnt(s.history), unmade(s.skipped, s.k)])]
+    rep['changed'] = changed
+    rang = [*filter(None, [unlearnt(s.history), unmade(s.skipped, s.k), altered(changed)])]
     if before: rang += suspicions(before, after, job.judge.name)
     rep['alarms'] = dict(watched=watched(s.history), rang=rang)
     parts = getattr(job.judge, 'rewards', [job.judge])
@@ -222,21 +236,22 @@ def fine_tune(out:Path, # Folder of the run
     model, run, held = job.model, job.run, job.held
     vae = asked.get('vae')
     chunk, about = job.plan['evaluation_chunk'], depends_on(job, asked['model'])
-    before, kept = measured_before(job, out/BEFORE, about, chunk)
     around = provenance() | dict(model=model_content(asked['model']), reward=job.judge.identity(),
                                  method=code_of(type(job.method))*(':' in asked['method']),  # if it is yours
                                  answers=', '.join(map(str, job.answers)),
                                  prompts=prompts_digest(job.source.prompts))
     units = units_of(model.source, model.size[1], run, vae)
     plan = Plan(job.what, len(held), job.S_eval, False, units)
-    beside = [*callbacks(out, asked, around, job.other, again, plan), *kept]
-    beside += validation(job, chunk)
+    beside = callbacks(out, asked, around, job.other, again, plan, changed := [])
+    before, kept = measured_before(job, out/BEFORE, about, chunk)           # once all else is possible
+    beside += [*kept, *validation(job, chunk)]
     s = fit(model, job.method, job.judge, job.source, run, beside)
     if s.stop: return stopped(out, asked['method'], s)
     saved = save_weights(out, model, run.rank > 0) if s.rank == 0 else None
     view = job.method.deployed(model, job.S_eval)
     after = evaluate(view, held, job.exams, job.S_eval, chunk=chunk) if held else None
-    rep = {k: asked[k] for k in ('method', 'preset', 'model', 'reward')} | report_of(job, s, before, after)
+    rep = {k: asked[k] for k in ('method', 'preset', 'model', 'reward')}
+    rep |= report_of(job, s, before, after, changed)
     rep |= dict(seconds=round(time.time()-t0, 1), out=str(out), run=asked.get('run'), weights=saved)
     if s.rank == 0: write_results(out, rep | provenance(), s.history, before, after)
     return rep

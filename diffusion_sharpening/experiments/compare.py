@@ -11,7 +11,7 @@ import json, math, torch
 from dataclasses import asdict, replace
 from pathlib import Path
 from ..basics.files import read_json, write_json
-from ..basics.stats import interval, numbers, over_seeds
+from ..basics.stats import interval, numbers, over_seeds, share
 from .arms import Arm
 from .bed import FEW, Bed, record
 from ..methods.catalog import find
@@ -127,8 +127,10 @@ def mean_of(rows:torch.Tensor # Values, a row for each seed; NaN where there is 
            )->dict: # As from `over_seeds`; that of marks lies between 0 and 1
     "A mean with its interval"
     found, marks = over_seeds(rows), ((rows == 0) | (rows == 1) | rows.isnan()).all()
-    ends = {k: min(1., max(0., found[k])) for k in ('low', 'high') if marks and found[k] is not None}
-    return found | ends
+    if not marks: return found
+    if len(rows) == 1 or len(rows[~rows.isnan()].unique()) == 1:       # seeds add nothing to what one says
+        return found | {k: share(rows[0])[k] for k in ('low', 'high')}
+    return found | {k: min(1., max(0., found[k])) for k in ('low', 'high') if found[k] is not None}
 
 # %% ../../nbs/14_experiments/12_compare.ipynb #90b4c392
 def _rows(records, part, k): return torch.stack([numbers(r[part][k]) for r in records])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PADDING', 'CONFIGS', 'TIMES', 'dtype_of', 'broken_weights', 'variant_of', 'load_part', 'check_tokenizer',
-           'check_configs', 'check_length', 'check_scales', 'in_precision', 'load_pipeline', 'load_vae']
+           'check_name', 'check_configs', 'check_length', 'check_scales', 'in_precision', 'load_pipeline', 'load_vae']
 
 # %% ../../nbs/03_models/09_loading.ipynb #2c547cb3
 import importlib, math, torch
@@ -110,7 +110,10 @@ def check_tokenizer(
                      'are files of the tokenizer missing?')
 
 # %% ../../nbs/03_models/09_loading.ipynb #1855d126
-def _check_name(name):  # Could this be a model at all?
+def check_name(
+    name # Folder with `model_index.json`, or a name on the Hugging Face Hub
+):
+    "Could this be a model at all? `ValueError` where it could not"
     path = Path(name)
     if path.is_dir() and not (path/'model_index.json').exists():
         raise ValueError(f'model: expected a diffusers pipeline; {name} has no model_index.json')
@@ -184,7 +187,7 @@ def load_pipeline(
 ): # A diffusers pipeline
     "Load a pipeline with plain diffusers; a `ValueError` of one line if that fails"
     from diffusers import DiffusionPipeline
-    _check_name(name)
+    check_name(name)
     check_configs(name)
     index = _index(name)
     parts = {k: load_part(name, k, c, dtype, variant) for k, c in _networks(index).items()}

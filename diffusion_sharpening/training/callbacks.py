@@ -39,11 +39,14 @@ def unlearnt(history:list # Rows of the log
             )->str: # Empty: most batches had something
     "Whether there was nothing to learn from in half of the batches or more"
     rows = [r for r in history if r.get('grad_norm') is not None]
-    idle = [r for r in rows if r['grad_norm'] == 0]
+    alike = lambda r: r.get('tied') == 1 or r.get('spread') == 0
+    idle = [r for r in rows if r['grad_norm'] == 0 or alike(r)]
     if not idle or 2*len(idle) < len(rows): return ''
-    every = lambda k, v: all(r.get(k) == v for r in idle)
-    why = '; no sample was accepted'*every('accepted', 0) or '; all candidates tied'*every('tied', 1)
-    return f'nothing to learn from in {len(idle)} of {len(rows)} batches (gradient 0{why})'
+    why = (['gradient 0']*all(r['grad_norm'] == 0 for r in idle)
+           + ['no sample was accepted']*all(r.get('accepted') == 0 for r in idle)
+           + ['all candidates tied']*all(map(alike, idle)))
+    said = '; '.join(why) or 'gradient 0, or all candidates tied'
+    return f'nothing to learn from in {len(idle)} of {len(rows)} batches ({said})'
 
 # %% ../../nbs/12_training/05_callbacks.ipynb #63928770
 def unmade(skipped:int, batches:int # Updates that were not made, and batches

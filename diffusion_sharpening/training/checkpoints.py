@@ -119,14 +119,15 @@ def _write(dir, tensors, record):
 
 # %% ../../nbs/12_training/04_checkpoints.ipynb #62a71f92
 def check_room(folder, # Where a checkpoint will lie; it need not exist
-               size:int # Bytes of its tensors
+               size:int, # Bytes of its tensors
+               what:str='checkpoint' # That would lie there
               ): # `CheckpointError` where there is too little
     "Is there room for a checkpoint?"
     there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
     free, need = shutil.disk_usage(there).free, int(1.02*size) + (1 << 16)
     if free < need:
         sizes = f'needs {need/2**20:.1f} MiB in {folder}, found {free/2**20:.1f} MiB free'
-        raise CheckpointError(f'checkpoint: {sizes}; what was saved before is untouched')
+        raise CheckpointError(f'{what}: {sizes}; what was saved before is untouched')
 
 # %% ../../nbs/12_training/04_checkpoints.ipynb #2845dd4e
 @lru_cache(64)

@@ -112,8 +112,11 @@ class Resume(Callback):
     everywhere, order = True, 0
     def __init__(self, folder, # Of checkpoints
                  about:dict, # As for `identity`
-                 now:dict=None # What may differ from the checkpoint's `provenance`, but is said
-                ): self.folder, self.about, self.now = Path(folder), about, now or {}
+                 now:dict=None, # What may differ from the checkpoint's `provenance`, but is said
+                 changed:list=None # Gets a text for each difference, those of earlier stops included
+                ):
+        self.folder, self.about, self.now = Path(folder), about, now or {}
+        self.changed = [] if changed is None else changed
     def start(self, s):
         found = load_latest(self.folder)
         if not found: return
@@ -124,7 +127,9 @@ class Resume(Callback):
                                   f'found {s.run.steps}')
         if s.rank: return
         print(f'going on after batch {s.k}, from {path.name}')
-        if odd := differences(record.get('provenance') or {}, self.now):
+        odd = differences(record.get('provenance') or {}, self.now)
+        self.changed += dict.fromkeys([*record.get('changed', []), *odd])
+        if odd:
             print(f"resume: {'; '.join(odd)}; the end may differ from that of an uninterrupted run")
 
 # %% ../../nbs/12_training/09_resume.ipynb #8c27d6d7
@@ -138,9 +143,11 @@ class Record(Callback):
     def start(self, s): self.take(self.folder, self.run)
 
 # %% ../../nbs/12_training/09_resume.ipynb #214ce292
-def size_of(s # `State` of the loop
+def size_of(s, # `State` of the loop
+            all_of_it:bool=True # False: of the trained weights alone
            )->int: # Bytes
     "How large a checkpoint will be: every set of weights, and two moments of those that learn"
+    if not all_of_it: return sum(p.nbytes for p in s.model.named['policy'].values())
     sets = [p for k, ps in s.model.named.items() if k != 'base' for p in ps.values()]
     return sum(p.nbytes for p in sets) + 2*sum(p.nbytes for p in s.model.trainable())
 
@@ -162,7 +169,9 @@ class Checkpoint(Callback):
         self.ready, self.saved = True, s.k or None
         if s.rank or s.model.sharded: return
         try: check_room(self.folder, size_of(s))
-        except CheckpointError as e: say(f'{e}; make room, or this run leaves its weights and no checkpoint')
+        except CheckpointError as e:
+            check_room(self.folder, size_of(s, False), 'weights')           # or all would be for nothing
+            say(f'{e}; make room, or this run leaves its weights and no checkpoint')
     def update(self, s):
         if s.run.checkpoint_every and s.k % s.run.checkpoint_every == 0: self.save(s)
     def last(self, s):
