@@ -253,7 +253,7 @@ def test_every_method_keeps_its_promises(xl, name):
 
 LITTLE = dict(n=2, m=2, S=4, least=2, target=99.)
 OTHER = dict(aggregate='last', loss_kind='rebel', n=5, m=1, S=5, alpha=1., eta=.5, beta=7., early=.5, late=.3,
-             updates=3, old_rate=.9, guidance=4., consistent=True, anywhere=True, through=True,
+             updates=3, old_rate=.9, guidance=4., consistent=True, anywhere=True, through=True, finish=True,
              own_noise=True,
              first_only=True,
              share=.5, summed=True, largest=.1, memory=3, least=4, clip=1e-7, group=True,   # policy gradients

@@ -66,9 +66,6 @@ def parse_spec(line:str, # As in the table above
     if m := re.fullmatch(r'(\w+)\((.*)\)', line, re.S):
         how, line = one_of(m[1], HOW, 'reward: way to combine'), m[2].strip()
     parts = [_part(t, line, known) for t in _texts(line)]
-    each = [(p.name, p.which) for p in parts]
-    twice = [name for i, (name, which) in enumerate(each) if (name, which) in each[:i]]
-    if twice: raise ValueError(f'reward {keyless(line)!r}: expected each reward once, found {twice[0]} twice')
     if any(p.weight for p in parts): return how, parts
     raise ValueError(f'reward {keyless(line)!r}: expected a weight other than 0')
 
