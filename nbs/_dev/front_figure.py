@@ -29,8 +29,8 @@ def main():
     a = p.parse_args()
     told = read_json(a.run/'scores.json')
     was, now = side(told, 'before'), side(told, 'after', str(a.run))
-    before_after(was, now, root/'figures'/'demo.png', exam.name)
     change = now.scores[exam.name] - was.scores[exam.name]
     write('front', dict(captions=len(change), rose=(change > 0).sum().item(), fell=(change < 0).sum().item()))
+    before_after(was, now, root/'figures'/'demo.png', exam.name)
 
 if __name__ == '__main__': main()
