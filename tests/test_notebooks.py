@@ -151,6 +151,11 @@ def test_readme_is_up_to_date(monkeypatch):
     monkeypatch.syspath_prepend(str(nbs/'_dev'))
     assert importlib.import_module('make_readme').main(check=True), "run make readme"
 
+def test_the_counts_under_the_figure_are_measured():
+    told = json.loads((nbs.parent/'data'/'results'/'front.json').read_text())
+    said = f"Of {told['captions']} captions {told['rose']} rose, {told['fell']} fell"
+    assert said in (nbs.parent/'README.md').read_text(encoding='utf-8')
+
 def test_the_figure_for_a_phone_is_that_of_the_page(monkeypatch):
     "Its pictures are those of the wide one, one under the other and begun at one column"
     from PIL import Image, ImageChops, ImageOps
