@@ -12,21 +12,22 @@ from ..basics.files import read_json
 from ..basics.words import brief
 
 # %% ../../nbs/13_commands/04_options.ipynb #7625611b
-def _text(pair, value): # A value that is no JSON; ValueError where it looks like several settings
+def _text(pair, value, option): # A value that is no JSON; ValueError where it looks like several settings
     if not re.match(r'[^,]*,\w+=', value): return value
-    raise ValueError(f'--set: expected spaces between settings, found {brief(pair)}')
+    raise ValueError(f'{option}: expected spaces between settings, found {brief(pair)}')
 
 # %% ../../nbs/13_commands/04_options.ipynb #8b47e832
-def parse_settings(pairs:list # `key=value` texts
+def parse_settings(pairs:list, # `key=value` texts
+                   option:str='--set' # Where they were typed
                   )->dict: # ValueError for a text without `=`
     "Settings from the command line: values are JSON where they can be, text otherwise"
     out = {}
     for p in pairs or []:
         k, eq, v = p.partition('=')
-        if not eq or not k: raise ValueError(f'--set: expected key=value, found {brief(p)}')
-        if k in out: raise ValueError(f'--set: expected one value of {brief(k)}, found it twice')
+        if not eq or not k: raise ValueError(f'{option}: expected key=value, found {brief(p)}')
+        if k in out: raise ValueError(f'{option}: expected one value of {brief(k)}, found it twice')
         try: out[k] = json.loads(f'0{v}' if v[:1] == '.' else v)
-        except (ValueError, RecursionError): out[k] = _text(p, v)
+        except (ValueError, RecursionError): out[k] = _text(p, v, option)
     return out
 
 # %% ../../nbs/13_commands/04_options.ipynb #9971952f

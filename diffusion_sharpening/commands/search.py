@@ -156,7 +156,7 @@ def search(
     "Make pictures, each the best that a search finds within its budget"
     between(1, None, n=n, S=S), between(0, 10**6, budget=budget)
     find = find_search(name)
-    own = checked(find, parse_settings(settings.split(',') if settings else []))
+    own = checked(find, parse_settings(settings.split(',') if settings else [], '--settings'))
     model, out = base_of(model, lora), output_folder(out)
     texts, _ = prompts_for(prompts, model, lora, n)
     world, seeds = world_of(model), start_seeds(seed, len(texts))

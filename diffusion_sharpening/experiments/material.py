@@ -55,5 +55,5 @@ def shared(settings:str # `key=value`s with commas between them, or one of `SIZE
     if not settings: return {}
     if '=' not in settings and settings not in SIZES: raise ValueError(
         f"settings: expected key=value with commas between, or {' or '.join(SIZES)}; found {settings!r}")
-    found = read_config(settings) if settings in SIZES else parse_settings(settings.split(','))
+    found = read_config(settings) if settings in SIZES else parse_settings(settings.split(','), '--settings')
     return {one_of(k, SHARED, 'setting of every training'): v for k, v in found.items()}
