@@ -5,14 +5,14 @@
 sharpening methods as printed on each of the three worlds, which are the data sets. Every few batches the
 denoising loss is measured on the same held-out things with the same times and noises, beside the loss that
 the method itself logs. What was measured lies in runs/loss_curves and is not measured again."""
-import argparse, json
+import argparse
 from pathlib import Path
 import torch
 from looks import HELD
 from results import write
 from diffusion_sharpening.basics.files import read_json, write_json
 from diffusion_sharpening.basics.seeds import fold
-from diffusion_sharpening.basics.stats import interval
+from diffusion_sharpening.basics.stats import over_seeds
 from diffusion_sharpening.commands.load import quiet
 from diffusion_sharpening.experiments.arms import arms_of
 from diffusion_sharpening.experiments.bed import bed_of, job_for
@@ -54,10 +54,15 @@ def summary(runs):
     first = torch.tensor([r[0]['held'] for r in runs])
     def row(k):
         held = torch.tensor([r[k]['held'] for r in runs])
-        change = interval((held - first).mean(0), 'things')
         return dict(batch=runs[0][k]['batch'], own=[r[k]['own'] for r in runs], held=held.mean().item(),
-                    change=change, of_each_seed=(held - first).mean(1).tolist())
+                    change=over_seeds(held - first, 'things'), of_each_seed=(held - first).mean(1).tolist())
     return [row(k) for k in range(len(runs[0]))]
+
+def known(file, asked):
+    "Rows of a training that was measured before; SystemExit where it was asked for otherwise"
+    told = read_json(file)
+    if (was := told['asked'] | dict(seeds=asked['seeds'])) == asked: return told['rows']
+    raise SystemExit(f'{file} was measured with {was}, not {asked}; remove it to measure it anew')
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,8 +79,7 @@ def main():
             files = [folder/f'{world}-{name.replace(" ", "_")}-{s}.json' for s in range(a.seeds)]
             for s, f in enumerate(files):
                 if not f.exists(): write_json(f, dict(asked=vars(a), rows=curve(bed, arm, held, a, s)))
-            runs = [read_json(f)['rows'] for f in files]
-            found[world][name] = summary(runs)
+            found[world][name] = summary([known(f, vars(a)) for f in files])
             print(world, name, [{k: r[k] for k in ('batch', 'held', 'change')} for r in found[world][name]])
     write('loss_curves', vars(a) | dict(draws=DRAWS, worlds=found))
 
