@@ -143,11 +143,9 @@ class Record(Callback):
     def start(self, s): self.take(self.folder, self.run)
 
 # %% ../../nbs/12_training/09_resume.ipynb #214ce292
-def size_of(s, # `State` of the loop
-            all_of_it:bool=True # False: of the trained weights alone
+def size_of(s # `State` of the loop
            )->int: # Bytes
     "How large a checkpoint will be: every set of weights, and two moments of those that learn"
-    if not all_of_it: return sum(p.nbytes for p in s.model.named['policy'].values())
     sets = [p for k, ps in s.model.named.items() if k != 'base' for p in ps.values()]
     return sum(p.nbytes for p in sets) + 2*sum(p.nbytes for p in s.model.trainable())
 
@@ -170,7 +168,8 @@ class Checkpoint(Callback):
         if s.rank or s.model.sharded: return
         try: check_room(self.folder, size_of(s))
         except CheckpointError as e:
-            check_room(self.folder, size_of(s, False), 'weights')           # or all would be for nothing
+            least = sum(p.nbytes for p in s.model.named['policy'].values())
+            check_room(self.folder, least, 'weights')                       # or all would be for nothing
             say(f'{e}; make room, or this run leaves its weights and no checkpoint')
     def update(self, s):
         if s.run.checkpoint_every and s.k % s.run.checkpoint_every == 0: self.save(s)
